@@ -1,0 +1,82 @@
+"""Who is who among the parameters of a model: wrapped, factors, trained in full, frozen."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from relora.method.lora import LoRALinear, lora_layers
+from relora.method.names import named_parameters
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters of one kind: how many tensors, numbers in them, and bytes they take."""
+
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, parameters: Iterable[nn.Parameter]) -> "Group":
+        held = list(parameters)
+        return cls(len(held), sum(p.numel() for p in held), sum(p.numel() * p.element_size() for p in held))
+
+
+@dataclass(frozen=True)
+class Census:
+    """The parameters of a model by kind; `wrapped_layers` maps a layer's name to its (d_out, d_in).
+
+    `frozen` are parameters that are neither trained nor merged into: `frozen_names` lists them.
+    """
+
+    wrapped: Group
+    factors: Group
+    full: Group
+    frozen: Group
+    wrapped_layers: dict[str, tuple[int, int]]
+    frozen_names: list[str]
+
+    @property
+    def num_trainable(self) -> int:
+        return self.factors.num_parameters + self.full.num_parameters
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> str:
+        """One line a kind, for people."""
+        rows = {
+            "wrapped (frozen, merged into at restarts)": self.wrapped,
+            "LoRA factors (trained)": self.factors,
+            "trained in full": self.full,
+            "frozen for good": self.frozen,
+        }
+        return "\n".join(
+            f"  {kind:<42}{group.num_tensors:>6} tensors {group.num_parameters:>14,} parameters "
+            f"{group.num_bytes / 2**20:>10.1f} MiB"
+            for kind, group in rows.items()
+        )
+
+
+def census(model: nn.Module) -> Census:
+    """Count the parameters of `model`, wrapped or plain, each once."""
+    layers = lora_layers(model)
+    wrapped = {id(layer.weight) for layer in layers.values()}
+    factors = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
+    parameters = named_parameters(model)
+    rest = {name: p for name, p in parameters.items() if id(p) not in wrapped | factors}
+    frozen = {name: p for name, p in rest.items() if not p.requires_grad}
+    return Census(
+        wrapped=Group.of(p for p in parameters.values() if id(p) in wrapped),
+        factors=Group.of(p for p in parameters.values() if id(p) in factors),
+        full=Group.of(p for p in rest.values() if p.requires_grad),
+        frozen=Group.of(frozen.values()),
+        wrapped_layers={name: _shape(layer) for name, layer in layers.items()},
+        frozen_names=list(frozen),
+    )
+
+
+def _shape(layer: LoRALinear) -> tuple[int, int]:
+    return layer.out_features, layer.in_features

@@ -1,0 +1,150 @@
+"""The wrapped layer: a frozen weight W and the trained factors A, B of its update.
+
+Shapes, here and everywhere: W (d_out, d_in), or (d_in, d_out) for transformers' Conv1D; A (r, d_in);
+B (d_out, r). The update is delta = scale * B @ A.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from relora.method.names import canonical
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """What to wrap and how. Names and meaning are PEFT's.
+
+    Attributes:
+        r: rank of the update, at most the smaller side of every wrapped weight.
+        lora_alpha: scale = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732).
+        lora_dropout: dropout on the input of A, in [0, 1).
+        bias: which biases train in full: none, all, or lora_only (those of wrapped layers).
+        target_modules: "all-linear" (every linear layer but the output head), a regex that a module's whole
+            name must match, or names and suffixes of names.
+        modules_to_save: modules that train in full, by name or suffix; "rest" for every parameter that is
+            not a wrapped weight; None for none.
+    """
+
+    r: int = 128
+    lora_alpha: float = 32
+    use_rslora: bool = False
+    lora_dropout: float = 0.0
+    bias: Literal["none", "all", "lora_only"] = "none"
+    target_modules: str | tuple[str, ...] | list[str] = "all-linear"
+    modules_to_save: Literal["rest"] | tuple[str, ...] | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        rules = {
+            f"r must be >= 1, not {self.r}": self.r >= 1,
+            f"lora_alpha must be > 0, not {self.lora_alpha}": self.lora_alpha > 0,
+            f"lora_dropout must be in [0, 1), not {self.lora_dropout}": 0 <= self.lora_dropout < 1,
+            f"bias must be none, all or lora_only, not {self.bias!r}": self.bias in ("none", "all", "lora_only"),
+            "target_modules must not be empty": len(self.target_modules) > 0,
+        }
+        broken = [rule for rule, holds in rules.items() if not holds]
+        if broken:
+            raise ValueError("; ".join(broken))
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class LoRALinear(nn.Module):
+    """y = x W^T + bias + scale * dropout(x) A^T B^T, around an `nn.Linear` or a Conv1D.
+
+    `weight` and `bias` are the parameters of the wrapped layer and keep their names. A and B are float32
+    (float64 around a float64 weight). B begins at zero, A as torch draws it; `inject_lora` and `restart`
+    draw A from a key instead.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(self, plain: nn.Module, config: LoRAConfig) -> None:
+        super().__init__()
+        weight, bias = cast(nn.Parameter, plain.weight), cast(nn.Parameter | None, plain.bias)
+        self.transposed = is_conv1d(plain)
+        d_out, d_in = reversed(weight.shape) if self.transposed else weight.shape
+        self.in_features, self.out_features, self.r = d_in, d_out, config.r
+        self.scale = config.scale
+        self.weight = weight
+        self.bias = bias
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        self.lora_A = nn.Parameter(torch.empty(config.r, d_in, dtype=dtype, device=weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        self.lora_B = nn.Parameter(torch.zeros(d_out, config.r, dtype=dtype, device=weight.device))
+        self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        # Beside the module tree, so that the plain layer's parameters are not listed a second time.
+        self.__dict__["_plain"] = plain
+
+    @classmethod
+    def from_linear(cls, plain: nn.Module, config: LoRAConfig) -> "LoRALinear":
+        """Wrap `plain`; its weight stays where it is and is frozen."""
+        layer = cls(plain, config)
+        layer.weight.requires_grad_(False)
+        return layer
+
+    def to_linear(self) -> nn.Module:
+        """The plain layer again, holding this layer's weight and bias as they now are; A and B are dropped."""
+        plain = cast(nn.Module, self.__dict__["_plain"])
+        plain.register_parameter("weight", self.weight)
+        plain.register_parameter("bias", self.bias)
+        return plain
+
+    def forward(self, x: Tensor) -> Tensor:
+        W = self.weight.T if self.transposed else self.weight
+        # Factors are fp32 beside a bf16 weight too; inside autocast the cast is autocast's.
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        low = F.linear(self.dropout(x), A) * self.scale
+        return F.linear(x, W, self.bias) + F.linear(low, B)
+
+    def delta(self) -> Tensor:
+        """scale * B @ A in the layout of `weight`, formed in fp32 (float64 around a float64 weight)."""
+        return lora_delta(self.lora_A.detach(), self.lora_B.detach(), self.scale, transposed=self.transposed)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, scale={self.scale:g}"
+
+
+def lora_delta(A: Tensor, B: Tensor, scale: float, *, transposed: bool) -> Tensor:
+    """The one place where the update is formed: scale * B @ A, in at least fp32 whatever surrounds the call."""
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    with _full_precision(A.device.type):
+        delta = (B.to(dtype) @ A.to(dtype)).mul_(scale)
+    return delta.T if transposed else delta
+
+
+@contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """Neither autocast nor TF32: either would round what is merged to 8 or 10 bits."""
+    tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D (GPT-2), whose weight is (d_in, d_out). Told by name: no import."""
+    return any(
+        parent.__name__ == "Conv1D" and parent.__module__ == "transformers.pytorch_utils"
+        for parent in type(module).__mro__
+    )
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
+    """The wrapped layers of a model by canonical name, in the model's order."""
+    return {canonical(name): layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}

@@ -1,0 +1,27 @@
+"""Canonical names: the same parameter has the same name whatever the model is wrapped in."""
+
+from torch import nn
+
+# DistributedDataParallel and DeepSpeed put "module." in front; the others may stand anywhere.
+_LEADING = "module."
+_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def canonical(name: str) -> str:
+    """`name` without the prefixes of torch.compile, DDP, FSDP, activation checkpointing and DeepSpeed."""
+    for wrapper in _ANYWHERE:
+        name = name.replace(wrapper, "")
+    return name.removeprefix(_LEADING)
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Every parameter once, by canonical name, tied ones under the first of their names."""
+    return {canonical(name): parameter for name, parameter in model.named_parameters()}
+
+
+def tied_names(model: nn.Module) -> dict[int, list[str]]:
+    """For each parameter (by id) all the canonical names under which the model holds it."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(canonical(name))
+    return names

@@ -1,0 +1,133 @@
+"""Parameter groups, the optimizer, and the reset of its state at a restart."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from relora.method.lora import lora_layers
+from relora.method.names import named_parameters
+from relora.method.reinit import keyed_generator
+from relora.method.store import Store
+
+OptimizerReset = Literal["zero", "magnitude", "random", "keep"]
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """The trainable parameters in groups named lora, full and full_no_decay; empty groups are left out.
+
+    The factors have a group of their own because some engines keep one step count a group. Vectors (biases,
+    norms) are not decayed, as in transformers.
+    """
+    factors = {id(p) for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)}
+    groups: dict[str, dict[str, nn.Parameter]] = {"lora": {}, "full": {}, "full_no_decay": {}}
+    for name, parameter in named_parameters(model).items():
+        if parameter.requires_grad:
+            full = "full" if parameter.ndim > 1 else "full_no_decay"
+            groups["lora" if id(parameter) in factors else full][name] = parameter
+    decay = {"lora": weight_decay, "full": weight_decay, "full_no_decay": 0.0}
+    return [
+        {"name": name, "params": list(members.values()), "weight_decay": decay[name]}
+        for name, members in groups.items()
+        if members
+    ]
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    name: str = "adamw",
+    learning_rate: float = 1e-3,
+    adam_beta1: float = 0.9,
+    adam_beta2: float = 0.95,
+    adam_epsilon: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """AdamW over the trainable parameters of `model`, the LoRA factors in a group of their own.
+
+    Raises:
+        ValueError: unknown name, or nothing to train.
+    """
+    if name != "adamw":
+        raise ValueError(f"optimizer must be adamw, not {name!r}")
+    groups = parameter_groups(model, weight_decay=weight_decay)
+    if not groups:
+        raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
+    return AdamW(groups, lr=learning_rate, betas=(adam_beta1, adam_beta2), eps=adam_epsilon)
+
+
+def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def require_state(optimizer: Optimizer, parameters: dict[str, nn.Parameter], store: Store) -> None:
+    """ValueError that names every parameter without optimizer state: a reset would silently do nothing to it."""
+    missing = [name for name, parameter in parameters.items() if not store.slots(optimizer, parameter)]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of {len(parameters)} LoRA factors have no state in the optimizer, so it cannot be "
+            f"reset: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Either the optimizer has not "
+            "made an update yet, or it trains other parameters"
+        )
+
+
+def reset_state(
+    optimizer: Optimizer,
+    parameter: nn.Parameter,
+    *,
+    mode: OptimizerReset,
+    prune_ratio: float,
+    generator: Callable[[], torch.Generator],
+    store: Store,
+) -> tuple[int, int]:
+    """Reset the moments of one LoRA factor.
+
+    `zero` sets moments and step count to zero. `magnitude` sets the floor(prune_ratio * n) smallest entries
+    of each moment to zero, `random` as many drawn ones, the same in all moments (a first moment that outlives
+    its second would be divided by almost nothing); both keep the step count. `keep` does nothing.
+
+    Returns:
+        (entries that are zero afterwards, entries), read back and summed over the moments.
+    """
+    pruned = {
+        "zero": lambda values: torch.ones_like(values, dtype=torch.bool),
+        "magnitude": lambda values: smallest(values, prune_ratio),
+        "random": lambda values: drawn(values, prune_ratio, generator()),
+        "keep": lambda values: torch.zeros_like(values, dtype=torch.bool),
+    }
+    slots = store.slots(optimizer, parameter)
+    for slot, values in slots.items():
+        store.write_slot(optimizer, parameter, slot, values.masked_fill(pruned[mode](values), 0))
+    if mode == "zero":
+        store.reset_step(optimizer, parameter)
+    after = store.slots(optimizer, parameter).values()
+    return sum(int((values == 0).sum()) for values in after), sum(values.numel() for values in after)
+
+
+def smallest(values: Tensor, ratio: float) -> Tensor:
+    """Mask of exactly floor(ratio * n) entries, those of the smallest magnitude; of equal ones the first.
+
+    By sorting: torch.quantile refuses tensors of more than 16 M entries.
+    """
+    order = values.abs().flatten().argsort(stable=True)
+    return _mask(values, order[: math.floor(ratio * values.numel())])
+
+
+def drawn(values: Tensor, ratio: float, generator: torch.Generator) -> Tensor:
+    """Mask of exactly floor(ratio * n) entries drawn without replacement."""
+    order = torch.randperm(values.numel(), generator=generator)
+    return _mask(values, order[: math.floor(ratio * values.numel())].to(values.device))
+
+
+def prune_generator(seed: int, index: int, name: str) -> torch.Generator:
+    return keyed_generator(seed, index, "prune", name)
+
+
+def _mask(values: Tensor, chosen: Tensor) -> Tensor:
+    mask = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
+    mask[chosen] = True
+    return mask.view(values.shape)

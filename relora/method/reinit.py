@@ -1,0 +1,39 @@
+"""How A and B are drawn, at injection (index 0) and at every restart (index 1, 2, ...).
+
+B is always zero and A never is. Zero for both would be a dead point: the gradient of each factor is a
+product with the other.
+"""
+
+import hashlib
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Reinit = Literal["kaiming", "orthogonal"]
+
+
+def keyed_generator(seed: int, index: int, purpose: str, name: str) -> torch.Generator:
+    """A CPU generator that depends on nothing but its key: the same on every rank, engine and resume."""
+    digest = hashlib.sha256(f"{seed}|{index}|{purpose}|{name}".encode()).digest()
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big"))
+
+
+def draw_lora_A(r: int, d_in: int, *, reinit: Reinit, seed: int, index: int, name: str) -> Tensor:
+    """A fresh A of shape (r, d_in), float32, on the CPU.
+
+    `kaiming` is PEFT's and the paper's kaiming_uniform with a = sqrt(5), that is U(-1, 1) / sqrt(d_in).
+    `orthogonal` has orthogonal rows of the length that kaiming's rows have on average, sqrt(1/3), so that a
+    learning rate tuned for the one serves the other.
+
+    Args:
+        name: canonical name of the wrapped layer, part of the key.
+    """
+    generator = keyed_generator(seed, index, "lora_A", name)
+    A = torch.empty(r, d_in, dtype=torch.float32)
+    if reinit == "kaiming":
+        return torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+    if reinit == "orthogonal":
+        return torch.nn.init.orthogonal_(A, gain=math.sqrt(1 / 3), generator=generator)
+    raise ValueError(f"reinit must be kaiming or orthogonal, not {reinit!r}")

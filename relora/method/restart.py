@@ -1,0 +1,127 @@
+"""The restart of ReLoRA: merge -> reinit -> reset, one verb, written once, over a store.
+
+arXiv 2307.05695, Algorithm 1. Layer by layer and in place: the storage of a parameter never changes, and no
+more than one layer is held a second time.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import get_args
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from relora.method.lora import LoRALinear, lora_delta, lora_layers
+from relora.method.optimizer import OptimizerReset, prune_generator, require_state, reset_state
+from relora.method.reinit import Reinit, draw_lora_A
+from relora.method.spectrum import effective_rank, factor_singular_values
+from relora.method.store import Store, TorchStore
+
+
+@dataclass(frozen=True)
+class RestartReport:
+    """What a restart did, as measured after it.
+
+    Attributes:
+        merged_layers: layers whose update went into W.
+        merge_error: |(W_new - W_old) - delta|_F / |delta|_F, the largest over layers.
+        optimizer_zeroed_fraction: share of the moments of A and B that is zero, read back.
+        update_effective_rank: exp(entropy of the normalised singular values) of delta, mean over layers.
+    """
+
+    merged_layers: int
+    merge_error: float
+    optimizer_zeroed_fraction: float
+    update_effective_rank: float
+
+
+@torch.no_grad()
+def restart(
+    model: nn.Module,
+    optimizer: Optimizer,
+    *,
+    seed: int,
+    index: int,
+    reinit: Reinit = "kaiming",
+    optimizer_reset: OptimizerReset = "zero",
+    prune_ratio: float = 0.9,
+    store: Store | None = None,
+) -> RestartReport:
+    """Merge every update into its W, draw A afresh, zero B, and reset their optimizer state.
+
+    The function of the model is the same before and after, to the rounding of W's dtype.
+
+    Args:
+        optimizer: any torch optimizer with Adam-like state (moments of the parameter's shape, a step count).
+        seed, index: the key of the draws; `index` counts restarts from 1 (0 is the draw at injection).
+        prune_ratio: for `magnitude` and `random`, in (0, 1].
+        store: how to reach parameters and state; plain torch unless an engine brings its own.
+
+    Raises:
+        ValueError: no LoRA layers, a bad option, a factor without optimizer state (unless `keep`), a DTensor
+            or a DeepSpeed parameter. Nothing has been changed then.
+    """
+    layers = lora_layers(model)
+    _check(layers, index, optimizer_reset, prune_ratio)
+    store = store or TorchStore()
+    factors = {f"{name}.{which}": getattr(layer, which) for name, layer in layers.items() for which in FACTORS}
+    for layer in layers.values():
+        store.read(layer.weight)
+    if optimizer_reset != "keep":
+        require_state(optimizer, factors, store)
+
+    errors, ranks = [], []
+    for name, layer in layers.items():
+        error, rank = merge(layer, store)
+        errors.append(error)
+        ranks.append(rank)
+        store.write(
+            layer.lora_A,
+            draw_lora_A(layer.r, layer.in_features, reinit=reinit, seed=seed, index=index, name=name),
+        )
+        store.write(layer.lora_B, torch.zeros(layer.out_features, layer.r))
+    zeroed = [
+        reset_state(
+            optimizer,
+            factor,
+            mode=optimizer_reset,
+            prune_ratio=prune_ratio,
+            generator=partial(prune_generator, seed, index, name),
+            store=store,
+        )
+        for name, factor in factors.items()
+    ]
+    entries = sum(total for _, total in zeroed)
+    return RestartReport(
+        merged_layers=len(layers),
+        merge_error=max(errors),
+        optimizer_zeroed_fraction=sum(zero for zero, _ in zeroed) / entries if entries else 0.0,
+        update_effective_rank=sum(ranks) / len(ranks),
+    )
+
+
+FACTORS = ("lora_A", "lora_B")
+
+
+def merge(layer: LoRALinear, store: Store) -> tuple[float, float]:
+    """W += delta in one layer; returns its merge error and the effective rank of delta."""
+    A, B = store.read(layer.lora_A), store.read(layer.lora_B)
+    delta = lora_delta(A, B, layer.scale, transposed=layer.transposed)
+    old = store.read(layer.weight).to(delta.dtype, copy=True)
+    store.write(layer.weight, old + delta)
+    missed = (store.read(layer.weight).to(delta.dtype) - old).sub_(delta).norm()
+    size = delta.norm()
+    error = (missed / size).item() if size > 0 else missed.item()
+    return error, effective_rank(factor_singular_values(A, B, layer.scale))
+
+
+def _check(layers: dict[str, LoRALinear], index: int, optimizer_reset: str, prune_ratio: float) -> None:
+    if not layers:
+        raise ValueError("the model has no LoRA layers: a restart would do nothing")
+    if index < 1:
+        raise ValueError(f"index must be >= 1 (0 is the draw at injection), not {index}")
+    if optimizer_reset not in get_args(OptimizerReset):
+        raise ValueError(f"optimizer_reset must be one of {get_args(OptimizerReset)}, not {optimizer_reset!r}")
+    if not 0 < prune_ratio <= 1:
+        raise ValueError(f"prune_ratio must be in (0, 1], not {prune_ratio}")
