@@ -1,0 +1,134 @@
+"""Numbers that follow from a configuration, and the fingerprint that says which run it is."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel
+
+from relora.config.reference import fields, part_of_the_run
+from relora.config.tree import Config
+from relora.method.lora import LoRAConfig
+from relora.method.schedule import lr_multiplier, restart_due, restarts_done, stage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When what happens in a run: pure functions of the step, with the numbers of one configuration."""
+
+    config: Config
+
+    @property
+    def max_steps(self) -> int:
+        return self.config.training.max_steps
+
+    @property
+    def warm_start_steps(self) -> int:
+        """Full-rank updates at the start; all of them with method full."""
+        return self.max_steps if self.config.training.method == "full" else self.config.relora.warm_start_steps
+
+    @property
+    def restart_every(self) -> int | None:
+        return self.config.relora.restart_every if self.config.training.method == "relora" else None
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of the update from `step` to `step + 1`."""
+        optim, schedule = self.config.optim, self.config.schedule
+        multiplier = lr_multiplier(
+            step,
+            max_steps=self.max_steps,
+            warmup_steps=schedule.warmup_steps,
+            restart_every=self.restart_every,
+            restart_warmup_steps=schedule.restart_warmup_steps,
+            min_lr_ratio=schedule.min_lr_ratio,
+            warm_start_steps=self.warm_start_steps,
+        )
+        warm = stage(step, warm_start_steps=self.warm_start_steps) == "warm_start" and self.has_low_rank_stage
+        peak = optim.warm_start_learning_rate if warm and optim.warm_start_learning_rate is not None else None
+        return multiplier * (optim.learning_rate if peak is None else peak)
+
+    @property
+    def has_low_rank_stage(self) -> bool:
+        return self.config.training.method != "full"
+
+    def restart_due(self, step: int) -> bool:
+        return restart_due(
+            step, max_steps=self.max_steps, restart_every=self.restart_every, warm_start_steps=self.warm_start_steps
+        )
+
+    def restarts_done(self, step: int) -> int:
+        return restarts_done(
+            step, max_steps=self.max_steps, restart_every=self.restart_every, warm_start_steps=self.warm_start_steps
+        )
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Micro-batches per update and process.
+
+    Raises:
+        ValueError: the global batch does not divide into per-device batches over `world_size` processes.
+    """
+    whole, part = config.training.global_batch_size, config.training.per_device_batch_size
+    if whole % (part * world_size):
+        raise ValueError(
+            f"training.global_batch_size = {whole}: must be a multiple of training.per_device_batch_size x "
+            f"processes = {part} x {world_size} = {part * world_size}"
+        )
+    return whole // (part * world_size)
+
+
+def lora_config(config: Config) -> LoRAConfig:
+    """The method's settings; `auto` is settled by whether the model is pretrained."""
+    lora, pretrained = config.lora, config.model.name_or_path is not None
+    auto: Any = None if pretrained else "rest"
+    return LoRAConfig(
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        use_rslora=lora.use_rslora,
+        lora_dropout=lora.lora_dropout,
+        bias=lora.bias,
+        target_modules=lora.target_modules,
+        modules_to_save=auto if lora.modules_to_save == "auto" else lora.modules_to_save,
+    )
+
+
+def derived_numbers(config: Config, world_size: int) -> dict[str, Any]:
+    """For people: what the settings amount to."""
+    plan, training = Plan(config), config.training
+    numbers: dict[str, Any] = {
+        "gradient_accumulation_steps": accumulation_steps(config, world_size),
+        "tokens_per_update": training.global_batch_size * config.data.sequence_length,
+        "tokens_in_all": training.max_steps * training.global_batch_size * config.data.sequence_length,
+    }
+    if plan.has_low_rank_stage:
+        restarts = plan.restarts_done(plan.max_steps)
+        numbers |= {
+            "lora_scale": lora_config(config).scale,
+            "restarts": restarts,
+            "reachable_rank": (restarts + 1) * config.lora.r,
+        }
+    return numbers
+
+
+def identity(config: Config, model_config: dict[str, Any]) -> dict[str, Any]:
+    """What makes this run this run, flat by key: the settings that change the result, not how it is computed.
+
+    Args:
+        model_config: the Hugging Face config of the model, in place of the path it was read from.
+    """
+    named = {key: _value(config, key) for key, field in fields() if "[]" not in key and part_of_the_run(field)}
+    sources = [source.model_dump(mode="json") for source in config.data.sources]
+    return named | {"model.config": model_config, "data.sources": sources}
+
+
+def fingerprint(identity: dict[str, Any]) -> str:
+    """A hash of `identity`, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()[:16]
+
+
+def _value(config: Config, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value

@@ -1,0 +1,179 @@
+"""The configuration: every key with its type, its default, its rule and what it means.
+
+Names follow Hugging Face (transformers, PEFT, datasets) where it has one. Rules that join two keys stand
+in `rules.py`. `docs/config.md` is generated from this file by `python -m relora.config`.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.config import JsonDict
+
+Count = Annotated[int, Field(ge=1)]
+CountFromZero = Annotated[int, Field(ge=0)]
+Name = Annotated[str, Field(min_length=1)]
+NotNegative = Annotated[float, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+# Keys that say how, not what, is computed: they may change between two starts of the same run.
+HOW: JsonDict = {"part_of_the_run": False}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelSection(Section):
+    config: Name | dict[str, Any] | None = Field(
+        None, description="from scratch: a Hugging Face config, as a JSON file or an inline mapping"
+    )
+    name_or_path: Name | None = Field(None, description="continual training: a hub id or a folder")
+    revision: Name | None = Field(None, description="branch, tag or commit of name_or_path on the hub")
+    trust_remote_code: bool = Field(False, description="run model code that comes with name_or_path")
+    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
+        "sdpa", description="attention kernel, as in transformers", json_schema_extra=HOW
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass", json_schema_extra=HOW
+    )
+    torch_compile: bool = Field(False, description="compile the model with torch.compile", json_schema_extra=HOW)
+
+
+class SourceSection(Section):
+    path: Name = Field(
+        description="hub id, folder, file or glob (parquet, json, jsonl, text, csv; .gz too), or python-stdlib"
+    )
+    name: Name | None = Field(None, description="configuration of a hub data set")
+    split: Name = Field("train", description="split of the data set, as in datasets.load_dataset")
+    revision: Name | None = Field(None, description="branch, tag or commit on the hub")
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share of the samples, relative to the others")
+
+
+class DataSection(Section):
+    sources: Annotated[tuple[SourceSection, ...], Field(min_length=1, strict=False)] = Field(
+        (SourceSection(path="python-stdlib"),), description="the texts, and how they are mixed"
+    )
+    text_field: Name = Field("text", description="the column that holds the text")
+    tokenizer: Name | None = Field(
+        None,
+        description="hub id or folder; null: name_or_path's own, else a byte-level BPE trained on the sources",
+    )
+    sequence_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens per sample")
+    prepared_dir: Name | None = Field(
+        None,
+        description="where the tokens are kept; null: a cache folder named by what it was made from",
+        json_schema_extra=HOW,
+    )
+    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.01, description="share of the documents held out, chosen by the hash of their text"
+    )
+    eval_tokens: Annotated[int, Field(ge=2)] = Field(
+        1_000_000, description="evaluate on at most so many held-out tokens"
+    )
+    document_mask: bool = Field(
+        False, description="no attention across the documents of a sample; positions restart in each"
+    )
+    num_proc: Count | None = Field(
+        None, description="processes that prepare the data; null: all cores", json_schema_extra=HOW
+    )
+    num_workers: CountFromZero = Field(
+        2,
+        description="processes per rank that read batches ahead; 0: the training process",
+        json_schema_extra=HOW,
+    )
+
+
+class LoraSection(Section):
+    r: Count = Field(128, description="rank of the update")
+    lora_alpha: Annotated[float, Field(gt=0)] = Field(32, description="scale = lora_alpha / r")
+    use_rslora: bool = Field(False, description="scale = lora_alpha / sqrt(r) instead")
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the input of A")
+    bias: Literal["none", "all", "lora_only"] = Field(
+        "none", description="which biases train in full: none, all, or those of wrapped layers"
+    )
+    target_modules: Name | Annotated[tuple[Name, ...], Field(min_length=1, strict=False)] = Field(
+        "all-linear",
+        description="PEFT's rules: all-linear (without the output head), a list of suffixes, or a regex",
+    )
+    modules_to_save: Literal["auto"] | Annotated[tuple[Name, ...], Field(strict=False)] | None = Field(
+        "auto",
+        description="modules that train in full; auto: none when continuing a pretrained model, "
+        "from scratch every parameter that is not a wrapped weight",
+    )
+    base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = Field(
+        "float32", description="how the frozen weights are stored; only float32 for now"
+    )
+
+
+class ReloraSection(Section):
+    restart_every: Count | None = Field(2000, description="updates between restarts; null: no restarts")
+    warm_start_steps: CountFromZero = Field(0, description="full-rank updates before the first low-rank one")
+    reinit: Literal["kaiming", "orthogonal"] = Field("kaiming", description="how A is drawn; B is zero")
+    optimizer_reset: Literal["zero", "magnitude", "random", "keep"] = Field(
+        "zero", description="what a restart does to the optimizer state of A and B"
+    )
+    prune_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="share of the moments that magnitude and random set to zero"
+    )
+
+
+class OptimSection(Section):
+    name: Literal["adamw"] = Field("adamw", description="the optimizer")
+    learning_rate: NotNegative = Field(1e-3, description="peak learning rate")
+    warm_start_learning_rate: NotNegative | None = Field(
+        None, description="peak learning rate of the warm start; null: learning_rate"
+    )
+    adam_beta1: Beta = Field(0.9, description="decay of the first moment")
+    adam_beta2: Beta = Field(0.95, description="decay of the second moment")
+    adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="added to the root of the second moment")
+    weight_decay: NotNegative = Field(0.0, description="decoupled decay; biases and norms are spared")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="clip the gradient to this norm; null: no clipping"
+    )
+
+
+class ScheduleSection(Section):
+    warmup_steps: CountFromZero = Field(500, description="updates of linear warm-up at the start")
+    restart_warmup_steps: CountFromZero = Field(100, description="updates of re-warm-up after a restart")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.1, description="final rate / peak rate")
+
+
+class TrainingSection(Section):
+    method: Literal["relora", "lora", "full"] = Field(
+        "relora", description="lora: no restarts; full: no low-rank stage"
+    )
+    trainable: Name | None = Field(None, description="method full: a regex of the names of the parameters to train")
+    max_steps: Count = Field(20000, description="updates in all, warm start included")
+    global_batch_size: Count = Field(512, description="samples per update, whatever the number of processes")
+    per_device_batch_size: Count = Field(
+        16, description="samples per forward pass; accumulation is derived", json_schema_extra=HOW
+    )
+    per_device_eval_batch_size: Count | None = Field(
+        None, description="null: per_device_batch_size", json_schema_extra=HOW
+    )
+    mixed_precision: Literal["no", "bf16"] = Field(
+        "bf16", description="bf16: fp32 parameters, bf16 autocast", json_schema_extra=HOW
+    )
+    num_processes: Count | None = Field(
+        None, description="when set, another world size is refused", json_schema_extra=HOW
+    )
+    eval_steps: Count = Field(500, description="updates between evaluations", json_schema_extra=HOW)
+    save_steps: Count = Field(1000, description="updates between checkpoints", json_schema_extra=HOW)
+    save_total_limit: Count | None = Field(3, description="checkpoints to keep; null: all", json_schema_extra=HOW)
+    logging_steps: Count = Field(10, description="updates between lines of metrics", json_schema_extra=HOW)
+    probe_steps: CountFromZero = Field(
+        0,
+        description="updates after a restart that are each followed by the loss on one fixed held-out batch",
+        json_schema_extra=HOW,
+    )
+
+
+class Config(Section):
+    output_dir: Name = Field(description="the run folder", json_schema_extra=HOW)
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="every random draw of the run follows from it")
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    lora: LoraSection = LoraSection()
+    relora: ReloraSection = ReloraSection()
+    optim: OptimSection = OptimSection()
+    schedule: ScheduleSection = ScheduleSection()
+    training: TrainingSection = TrainingSection()
