@@ -1,0 +1,129 @@
+#!/usr/bin/env bash
+# Make .venv at the root of the repository, and install relora there with the versions that pyproject.toml pins.
+#
+#   bash launch/setup.sh [EXTRAS]          EXTRAS: extras of pyproject.toml, as in plots,test,dev
+#
+# When there is nothing to do it does nothing, in well under a second and without the network.
+#   RELORA_PYTHON        the Python to build on (3.11 or newer); default: python3.11, else python3
+#   RELORA_TORCH_INDEX   address of the package index to take torch from: one for each CPU, CUDA or ROCm build, see
+#                        PyTorch's installation page; default: the index that pip uses for everything
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+cd -- "$root"
+wanted=${1:-}
+index=${RELORA_TORCH_INDEX:-}
+venv=$root/.venv
+python=$venv/bin/python
+stamp=$venv/relora-setup   # five lines: key, root, index, extras, torch build; there only after a complete installation
+export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
+
+say() { printf 'setup: %s\n' "$*"; }
+fail() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }
+
+# Another Python named than the one that .venv was built on?
+other_python() {
+    local who='import sys; print(sys.version, sys.base_prefix)'
+    [[ -n ${RELORA_PYTHON:-} ]] && [[ $("$RELORA_PYTHON" -c "$who") != "$("$python" -c "$who")" ]]
+}
+
+new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
+
+# sha256 of what decides the installation, but for the extras.
+key_of_installation() {
+    "$python" - "$index" <<'PY'
+import hashlib, pathlib, sys
+print(hashlib.sha256(pathlib.Path("pyproject.toml").read_bytes() + b"\0" + sys.argv[1].encode()).hexdigest())
+PY
+}
+
+find_python() {
+    local candidate
+    if [[ -n ${RELORA_PYTHON:-} ]]; then
+        new_enough "$RELORA_PYTHON" || fail "RELORA_PYTHON=$RELORA_PYTHON is not a Python 3.11 or newer"
+        printf '%s\n' "$RELORA_PYTHON"
+        return
+    fi
+    for candidate in python3.11 python3; do
+        if new_enough "$candidate"; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.11 or newer found (tried python3.11, python3): install one, or name it in RELORA_PYTHON"
+}
+
+make_venv() {
+    local base
+    base=$(find_python)
+    "$base" -c 'import venv, ensurepip' >/dev/null 2>&1 ||
+        fail "$base cannot make virtual environments: install its venv module" \
+            "(Debian and Ubuntu: apt install python3-venv)"
+    say "making .venv with $("$base" --version)"
+    "$base" -m venv --clear -- "$venv"
+}
+
+# "plots,test" "test,dev" -> "dev,plots,test"
+union() { tr ',' '\n' <<<"$1,$2" | sed '/^ *$/d' | sort -u | paste -sd, -; }
+
+# Quiet in a log, with pip's progress on a terminal.
+pip_install() {
+    if [[ -t 1 ]]; then "$python" -m pip install "$@"; else "$python" -m pip install --quiet "$@"; fi
+}
+
+read_stamp() {
+    old_key='' old_root='' old_index='' old_extras='' old_torch=''
+    [[ -f $stamp ]] || return 0
+    local name
+    for name in old_key old_root old_index old_extras old_torch; do
+        IFS= read -r "$name" || break
+    done <"$stamp"
+}
+
+read_stamp
+if [[ -e $venv ]] && ! new_enough "$python"; then
+    say "the .venv here does not work: making it anew"
+    make_venv
+elif [[ -n $old_root && $old_root != "$root" ]]; then
+    say "the .venv here was made for $old_root: making it anew"
+    make_venv
+elif [[ -e $venv ]] && other_python; then
+    say "RELORA_PYTHON=$RELORA_PYTHON is another Python than that of .venv: making it anew"
+    make_venv
+elif [[ ! -e $venv ]]; then
+    make_venv
+fi
+read_stamp
+
+key=$(key_of_installation)
+extras=$(union "$wanted" "$old_extras")   # what is there stays: scripts with other extras do not undo each other
+if [[ $key == "$old_key" && $extras == "$old_extras" ]]; then
+    say "ready: $old_torch"
+    exit 0
+fi
+
+torch=$("$python" - <<'PY'
+import pathlib, tomllib
+pins = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]["dependencies"]
+print(next(pin for pin in pins if pin.startswith("torch==")))
+PY
+)
+say "installing $torch from ${index:-the default package index (RELORA_TORCH_INDEX names another)}"
+rm -f -- "$stamp"
+if [[ $index != "$old_index" ]]; then   # the same version from another index would count as installed
+    "$python" -m pip uninstall --quiet --yes torch >/dev/null 2>&1
+fi
+if [[ -n $index ]]; then pip_install --index-url "$index" "$torch"; else pip_install "$torch"; fi
+
+say "installing relora${extras:+ with the extras $extras}"
+pip_install -e ".${extras:+[$extras]}"
+
+got=$("$python" - <<'PY'
+import torch
+cuda, hip = torch.version.cuda, torch.version.hip
+print("torch", torch.__version__, "for", f"CUDA {cuda}" if cuda else f"ROCm {hip}" if hip else "the CPU")
+PY
+)
+printf '%s\n' "$key" "$root" "$index" "$extras" "$got" >"$stamp.new"
+mv -- "$stamp.new" "$stamp"
+say "got $got"
