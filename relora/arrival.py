@@ -1,0 +1,143 @@
+"""What is due when the clock arrives at a step: restart -> evaluation -> checkpoint, in this order.
+
+A restart comes before the checkpoint of its step, so it is never replayed.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relora.config.derived import Plan
+from relora.data import PreparedData, eval_batches, probe_batch
+from relora.method.lora import LoRALinear, lora_layers
+from relora.method.restart import restart
+from relora.runtime.checkpoint import Checkpoints
+from relora.runtime.engines import Engine, Live
+from relora.runtime.evaluate import held_out_loss, perplexity
+from relora.runtime.sample import sample_text
+from relora.runtime.state import Clock
+from relora.runtime.tracking import Tracker
+from relora.stages import Stage
+
+NUM_PICTURED_LAYERS = 4
+NUM_PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 2, 16, 48
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """The housekeeping of one stage.
+
+    Attributes:
+        stage_start: wrapped weights at the beginning of the low-rank stage, by name; empty in a full-rank stage.
+        about: what every checkpoint says of its run.
+    """
+
+    plan: Plan
+    stage: Stage
+    engine: Engine
+    live: Live
+    tracker: Tracker
+    data: PreparedData
+    checkpoints: Checkpoints
+    stage_start: Mapping[str, Tensor]
+    about: Mapping[str, Any]
+
+    def __call__(self, clock: Clock) -> None:
+        step, training = clock.step, self.plan.config.training
+        first = step in (0, self.plan.warm_start_steps)
+        if self.stage.is_low_rank and self.plan.restart_due(step):
+            self._restart(step)
+        else:
+            self._probe_after_restart(step)
+        if first or step % training.eval_steps == 0 or step == self.plan.max_steps:
+            self._evaluate(step)
+        if step and (step % training.save_steps == 0 or step == self.plan.max_steps):
+            self._save(clock)
+
+    def _restart(self, step: int) -> None:
+        relora, index = self.plan.config.relora, self.plan.restarts_done(step)
+        before, start_s = self._probe_loss(), time.perf_counter()
+        report = restart(
+            self.live.model,
+            self.live.optimizer,
+            seed=self.plan.config.seed,
+            index=index,
+            reinit=relora.reinit,
+            optimizer_reset=relora.optimizer_reset,
+            prune_ratio=relora.prune_ratio,
+            store=self.engine.store,
+        )
+        seconds = time.perf_counter() - start_s
+        probes = {"probe_loss_before": before, "probe_loss_after": self._probe_loss()}
+        self.tracker.line({"step": step, "restart": index} | asdict(report) | {"restart_seconds": seconds} | probes)
+        self.tracker.spectra(self._spectra(), step)
+
+    def _probe_after_restart(self, step: int) -> None:
+        done = self.plan.restarts_done(step)
+        every = self.plan.restart_every
+        if done and every is not None:
+            since = step - self.plan.warm_start_steps - done * every
+            if since <= self.plan.config.training.probe_steps:
+                self.tracker.line({"step": step, "probe_loss": self._probe_loss()})
+
+    def _evaluate(self, step: int) -> None:
+        config = self.plan.config
+        batches = eval_batches(
+            self.data,
+            config.data,
+            batch_size=config.training.per_device_eval_batch_size or config.training.per_device_batch_size,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+        )
+        loss = held_out_loss(self.live, self.engine, batches)
+        self.tracker.line({"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
+        self.tracker.say(f"step {step}: held-out loss {loss:.4f} nats, perplexity {perplexity(loss):.2f}")
+        self._sample(step)
+        if step == self.plan.max_steps:
+            self.tracker.spectra(self._spectra(), step)
+
+    def _sample(self, step: int) -> None:
+        tokenizer = self.data.tokenizer()
+        ids = probe_batch(self.data, self.plan.config.data, batch_size=NUM_PROMPTS)["input_ids"][:, :PROMPT_TOKENS]
+        for number, prompt in enumerate(tokenizer.batch_decode(ids, skip_special_tokens=True)):
+            text = sample_text(
+                self.live.model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=number
+            )
+            self.tracker.text(f"sample/{number}", text, step)
+
+    def _save(self, clock: Clock) -> None:
+        self.tracker.flush()
+        self.checkpoints.save(
+            self.live,
+            self.engine,
+            clock,
+            stage=self.stage.name,
+            cycle=self.plan.restarts_done(clock.step),
+            about=self.about,
+        )
+
+    def _probe_loss(self) -> float:
+        config = self.plan.config
+        batch = probe_batch(
+            self.data,
+            config.data,
+            batch_size=config.training.per_device_batch_size,
+            rank=self.engine.rank,
+            world_size=self.engine.world_size,
+        )
+        return held_out_loss(self.live, self.engine, [batch])
+
+    @torch.no_grad()
+    def _spectra(self) -> dict[str, Tensor]:
+        """Singular values of W - W_start of a few layers, spread over the model."""
+        layers = lora_layers(self.live.model)
+        names = list(layers)[:: max(1, len(layers) // NUM_PICTURED_LAYERS)][:NUM_PICTURED_LAYERS]
+        return {name: torch.linalg.svdvals(self._learned(name, layers[name])).cpu() for name in names}
+
+    def _learned(self, name: str, layer: LoRALinear) -> Tensor:
+        start = self.stage_start[f"{name}.weight"]
+        return self.engine.store.read(layer.weight) + layer.delta() - start.to(layer.weight.device)

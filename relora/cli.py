@@ -1,0 +1,107 @@
+"""Commands -> functions, nothing else."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from relora.config import Config, UserError, load_config
+
+EXIT_USER_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0, or 2 after a mistake of the user."""
+    options = _parser().parse_args(arguments)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        options.run(options)
+    except UserError as error:
+        for problem in error.problems:
+            print(f"relora: {problem}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="relora", description="Train language models with ReLoRA.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    prepare = _with_config(commands.add_parser("prepare", help="sources -> tokens on disk"))
+    prepare.set_defaults(run=_prepare)
+
+    train = _with_config(commands.add_parser("train", help="train, or go on from the newest checkpoint"))
+    train.add_argument("--dry-run", action="store_true", help="stop after building and one forward pass")
+    train.add_argument(
+        "--extend", action="store_true", help="allow a longer training.max_steps than the run began with"
+    )
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("eval", help="held-out loss and perplexity")
+    evaluate.add_argument("run_or_model", metavar="RUN_OR_MODEL")
+    evaluate.add_argument("--config", help="what to evaluate a model on that belongs to no run")
+    evaluate.set_defaults(run=_evaluate)
+
+    export = commands.add_parser("export", help="a plain Hugging Face folder of a run")
+    export.add_argument("run_folder", metavar="RUN")
+    export.add_argument("--output", required=True, help="the folder to write; it must not exist")
+    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    export.add_argument("--step", type=int, help="the checkpoint to export (default: the newest)")
+    export.set_defaults(run=_export)
+
+    generate = commands.add_parser("generate", help="sample text")
+    generate.add_argument("run_or_model", metavar="RUN_OR_MODEL")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--max-new-tokens", type=int, default=100)
+    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.set_defaults(run=_generate)
+    return parser
+
+
+def _with_config(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    command.add_argument("config", metavar="CONFIG")
+    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
+    return command
+
+
+def _config(options: argparse.Namespace) -> Config:
+    return load_config(options.config, options.overrides)
+
+
+# The imports stand in the functions: `relora --help` and a mistake in a config need no torch.
+def _prepare(options: argparse.Namespace) -> None:
+    from relora.tools.prepare import prepare
+
+    prepare(_config(options))
+
+
+def _train(options: argparse.Namespace) -> None:
+    config = _config(options)
+    from relora.train import train
+
+    train(config, dry_run=options.dry_run, extend=options.extend)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from relora.tools.eval import evaluate
+
+    evaluate(options.run_or_model, load_config(options.config) if options.config else None)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from relora.tools.export import export
+
+    export(options.run_folder, options.output, dtype=options.dtype, step=options.step)
+
+
+def _generate(options: argparse.Namespace) -> None:
+    from relora.tools.generate import generate
+
+    generate(
+        options.run_or_model,
+        options.prompt,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
+    )

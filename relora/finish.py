@@ -1,0 +1,93 @@
+"""The end of a run: the final model, and one summary that says where everything is."""
+
+import json
+from typing import Any
+
+import yaml
+
+from relora.config.derived import lora_config
+from relora.data import unigram_entropy
+from relora.job import Job
+from relora.runtime.export import export_model, model_card
+from relora.runtime.metrics import read_metrics
+from relora.runtime.rebuild import merged_model
+from relora.runtime.restore import complete_checkpoints, open_checkpoint
+
+RESULTS = "relora.json"
+
+
+def is_finished(job: Job) -> bool:
+    """Whether the final model of all the steps is there (a run that was extended has one of fewer)."""
+    path = job.folder.final / RESULTS
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["step"] == job.plan.max_steps
+
+
+def finish(job: Job) -> str:
+    """Write `final/` from the last checkpoint, unless it is there, and return the summary."""
+    results = measured(job)
+    if not is_finished(job):
+        state = open_checkpoint(complete_checkpoints(job.folder.checkpoints)[-1])
+        model = merged_model(state, job.config.model, job.hf_config, lora_config(job.config))
+        settings = yaml.safe_dump(job.config.model_dump(mode="json"), sort_keys=False)
+        card = model_card(job.folder.path.name, results=results, settings=settings)
+        files = {"README.md": card, RESULTS: json.dumps(results, indent=1)}
+        export_model(model, job.data.tokenizer(), job.folder.final, files=files)
+    job.folder.write_status("finished", step=job.plan.max_steps)
+    return summary(job, results)
+
+
+def measured(job: Job) -> dict[str, Any]:
+    """What the run came to, from its metrics."""
+    lines = read_metrics(job.folder.metrics)
+    evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    restarts = [line for line in lines if "restart" in line]
+    last = max((line for line in lines if "loss" in line), key=lambda line: int(line["step"]))
+    results: dict[str, Any] = {
+        "step": last["step"],
+        "tokens": last["tokens"],
+        "skipped_updates": last["samples_seen"] // job.config.training.global_batch_size - last["step"],
+        "eval_loss": evaluations[last["step"]],
+        "unigram_entropy": unigram_entropy(job.data, job.config.data),
+    }
+    if job.plan.has_low_rank_stage and job.plan.warm_start_steps:
+        results["eval_loss_at_switch"] = evaluations[job.plan.warm_start_steps]
+    if restarts:
+        results["restarts"] = len(restarts)
+        results["merge_error"] = max(line["merge_error"] for line in restarts)
+        results["restart_jump"] = max(abs(r["probe_loss_after"] - r["probe_loss_before"]) for r in restarts)
+        results["rise_after_restart"] = _largest_rise(lines)
+    return results
+
+
+def summary(job: Job, results: dict[str, Any]) -> str:
+    """The last words of a run."""
+    folder, loss = job.folder, results["eval_loss"]
+    said = [
+        f"finished: {results['step']:,} updates, {results['tokens']:,} tokens",
+        f"held-out loss {loss:.4f} nats, {results['unigram_entropy'] - loss:.4f} under the unigram entropy of the same "
+        f"tokens, {results['unigram_entropy']:.4f}",
+    ]
+    if "eval_loss_at_switch" in results:
+        at_switch = results["eval_loss_at_switch"]
+        said.append(f"at the switch to low rank it was {at_switch:.4f}: {at_switch - loss:.4f} nats gained since")
+    if "restarts" in results:
+        said.append(
+            f"{results['restarts']} restarts; on one held-out batch they changed the loss by at most "
+            f"{results['restart_jump']:.1e}, and in the probed updates after them it rose by at most "
+            f"{results['rise_after_restart']:.4f}"
+        )
+    if results["skipped_updates"]:
+        said.append(f"{results['skipped_updates']} updates were skipped: their loss or gradient was not finite")
+    places = {"model": folder.final, "metrics": folder.metrics, "TensorBoard": folder.tensorboard}
+    return "\n".join([*said, *(f"{name + ':':<13}{place}" for name, place in places.items())])
+
+
+def _largest_rise(lines: list[dict[str, Any]]) -> float:
+    """The largest probe loss after a restart over that just before it; 0 if none was higher."""
+    before, rise = 0.0, 0.0
+    for line in lines:
+        if "restart" in line:
+            before = line["probe_loss_before"]
+        elif "probe_loss" in line:
+            rise = max(rise, line["probe_loss"] - before)
+    return rise

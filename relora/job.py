@@ -1,0 +1,160 @@
+"""What a run is, settled before any process group exists and any model is built.
+
+Mistakes are told phase by phase, all of a phase at once: the configuration (at load), the files and the
+launch, the model, the tokenizer and the data.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from relora.config import Config, ModelSection, UserError, raise_if_any
+from relora.config.derived import Plan, accumulation_steps, fingerprint, identity, lora_config
+from relora.data import PreparedData, check_amount, check_files, prepare
+from relora.method.census import census
+from relora.method.inject import inject_lora
+from relora.model import load_hf_config, model_problems, skeleton
+from relora.runtime.engines import is_first_on_node, launched_world_size, refused_launches
+from relora.runtime.folder import RunFolder, same_run_problems
+from relora.runtime.restore import complete_checkpoints, open_checkpoint, read_manifest, verify_checkpoint
+from relora.runtime.state import State
+from relora.stages import freeze_untrained
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: its settings, its model's config, its data, its folder."""
+
+    config: Config
+    hf_config: PretrainedConfig
+    data: PreparedData
+    folder: RunFolder
+    identity: dict[str, Any]
+
+    @property
+    def plan(self) -> Plan:
+        return Plan(self.config)
+
+    @property
+    def resolved_model(self) -> ModelSection:
+        """The model's settings with the Hugging Face config in place of the path it was read from."""
+        section = self.config.model
+        if section.name_or_path is not None:
+            return section
+        return section.model_copy(update={"config": self.identity["model.config"]})
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What every checkpoint says of the run it belongs to."""
+        return {"fingerprint": fingerprint(self.identity), "data": self.data.manifest.content_hash}
+
+
+def open_job(config: Config, *, extend: bool = False) -> Job:
+    """Check everything that can be checked, and prepare the data if they are not there yet.
+
+    Raises:
+        UserError: all mistakes of the first phase that has any.
+    """
+    folder = RunFolder(Path(config.output_dir))
+    hf_config = check_surroundings(config, folder, extend=extend)
+    raise_if_any(check_model(config, hf_config))
+    data = prepare_data(config, hf_config)
+    raise_if_any(check_amount(data, config.data))
+    return Job(config, hf_config, data, folder, run_identity(config, hf_config))
+
+
+def check_surroundings(config: Config, folder: RunFolder, *, extend: bool) -> PretrainedConfig:
+    """Launch, files, run folder; returns the Hugging Face config of the model."""
+    found: list[PretrainedConfig] = []
+    problems = [
+        *refused_launches(),
+        *_problems_of(partial(accumulation_steps, config, launched_world_size())),
+        *check_files(config.data),
+        *_problems_of(lambda: found.append(load_hf_config(config.model))),
+    ]
+    if found:
+        run = run_identity(config, found[0])
+        problems += _problems_of(lambda: raise_if_any(same_run_problems(folder, run, extend=extend)))
+    raise_if_any(problems)
+    return found[0]
+
+
+def check_model(config: Config, hf_config: PretrainedConfig) -> list[str]:
+    """What does not fit the model: its positions, the targets, what would stay frozen and random for ever."""
+    model = skeleton(config.model, hf_config)
+    problems = model_problems(hf_config, config.data.sequence_length)
+    try:
+        frozen = _frozen_for_good(config, model)
+    except ValueError as error:
+        return [*problems, f"lora.{error}"]
+    if frozen and config.model.name_or_path is None:
+        problems.append(_random_for_ever(frozen))
+    return problems
+
+
+def prepare_data(config: Config, hf_config: PretrainedConfig) -> PreparedData:
+    """The prepared data of the configuration, made now if they are missing. The tokenizer may be the model's own."""
+    vocab_size = hf_config.get_text_config().vocab_size
+    return prepare(
+        config.data,
+        vocab_size=vocab_size,
+        tokenizer=config.data.tokenizer or config.model.name_or_path,
+        trust_remote_code=config.model.trust_remote_code,
+        quiet=not is_first_on_node(),
+    )
+
+
+def newest_state(job: Job) -> State:
+    """The state to go on from; a fresh one for a new run. UserError if the checkpoint is damaged or of other data."""
+    folders = complete_checkpoints(job.folder.checkpoints)
+    if not folders:
+        return State()
+    if is_first_on_node():
+        verify_checkpoint(folders[-1])
+    there, here = read_manifest(folders[-1])["data"], job.about["data"]
+    if there != here:
+        raise UserError(
+            [
+                f"output_dir = {job.folder.path}: was trained on data of hash {there[:12]}, these have {here[:12]}; "
+                "the sources have changed"
+            ]
+        )
+    return open_checkpoint(folders[-1])
+
+
+def run_identity(config: Config, hf_config: PretrainedConfig) -> dict[str, Any]:
+    settings = hf_config.to_dict()
+    settings.pop("transformers_version", None)
+    return identity(config, settings)
+
+
+def _frozen_for_good(config: Config, model: PreTrainedModel) -> list[str]:
+    """Names of the parameters that no update will ever reach."""
+    if config.training.method == "full":
+        freeze_untrained(model, config.training.trainable)
+        return census(model).frozen_names
+    frozen = inject_lora(model, lora_config(config)).frozen_names
+    return frozen if config.relora.warm_start_steps == 0 else []
+
+
+def _random_for_ever(names: list[str]) -> str:
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return (
+        f"lora.modules_to_save, training.trainable: {len(names)} parameters would keep their random values for ever, "
+        f"frozen and neither wrapped nor pretrained: {shown}"
+    )
+
+
+def _problems_of(check: Callable[[], object]) -> list[str]:
+    """Run a check that raises; what it raised, as lines."""
+    try:
+        check()
+    except UserError as error:
+        return error.problems
+    except ValueError as error:
+        return [str(error)]
+    return []

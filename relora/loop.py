@@ -1,0 +1,137 @@
+"""The only training loop. It knows one clock, and neither stages nor engines.
+
+update -> log -> (restart -> evaluate -> checkpoint, where they are due) -> update -> ...
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from relora.config.derived import Plan
+from relora.method.optimizer import set_learning_rate
+from relora.runtime.engines import Batch, Engine, Live, Update
+from relora.runtime.memory import peak_memory_bytes
+from relora.runtime.state import Clock
+from relora.runtime.tracking import Tracker
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class NotFiniteError(RuntimeError):
+    """Too many updates in a row whose loss or gradient was not finite."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What the loop works with.
+
+    Attributes:
+        batches: for each update in turn this rank's micro-batches, from the clock's `samples_seen` on.
+        arrive: called at each step after which the run goes on or ends: restart, evaluation, checkpoint.
+    """
+
+    plan: Plan
+    engine: Engine
+    live: Live
+    tracker: Tracker
+    batches: Iterator[Sequence[Batch]]
+    arrive: Callable[[Clock], None]
+
+    def run(self, clock: Clock, *, until: int, arrive_at_end: bool) -> Clock:
+        """Update until the clock stands at step `until`.
+
+        Args:
+            arrive_at_end: False when a switch follows at `until`: what is due there comes after the switch.
+
+        Raises:
+            NotFiniteError: 10 updates in a row had to be skipped.
+        """
+        samples, skipped, meter = self.plan.config.training.global_batch_size, 0, _Meter()
+        while clock.step < until:
+            update = self._update(clock)
+            meter.count()
+            if not update.applied:
+                skipped += 1
+                clock = clock.skipped(samples)
+                self._tell_skipped(clock, update, skipped)
+                continue
+            skipped = 0
+            clock = clock.applied(samples)
+            self._log(clock, update, meter)
+            if clock.step < until or arrive_at_end:
+                self.arrive(clock)
+                meter.restart_clock()
+        return clock
+
+    def _update(self, clock: Clock) -> Update:
+        set_learning_rate(self.live.optimizer, self.plan.learning_rate(clock.step))
+        batches = next(self.batches)
+        seed = self.plan.config.seed
+        seeds = [micro_batch_seed(seed, clock.samples_seen, self.engine.rank, i) for i in range(len(batches))]
+        return self.engine.update(self.live, batches, seeds=seeds, max_grad_norm=self.plan.config.optim.max_grad_norm)
+
+    def _log(self, clock: Clock, update: Update, meter: "_Meter") -> None:
+        config = self.plan.config
+        tokens_per_update = config.training.global_batch_size * config.data.sequence_length
+        due = clock.step % config.training.logging_steps == 0 or clock.step == self.plan.max_steps
+        if not due:
+            return
+        step_seconds = meter.seconds_per_update()
+        line = {
+            "step": clock.step,
+            "samples_seen": clock.samples_seen,
+            "tokens": clock.samples_seen * config.data.sequence_length,
+            "loss": update.loss,
+            "learning_rate": self.plan.learning_rate(clock.step - 1),
+            "grad_norm": update.grad_norm,
+            "tokens_per_second": tokens_per_update / step_seconds,
+            "step_seconds": step_seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.engine.device),
+        }
+        self.tracker.line(line)
+        self.tracker.progress(
+            clock.step,
+            loss=f"{update.loss:.3f}",
+            lr=f"{line['learning_rate']:.2e}",
+            tok_s=f"{line['tokens_per_second']:,.0f}",
+            restarts=str(self.plan.restarts_done(clock.step)),
+        )
+
+    def _tell_skipped(self, clock: Clock, update: Update, skipped: int) -> None:
+        told = (
+            f"step {clock.step}: the batch ending at sample {clock.samples_seen} was skipped, its loss is "
+            f"{update.loss} and its gradient norm {update.grad_norm}"
+        )
+        self.tracker.say(told)
+        if skipped >= MAX_SKIPPED_IN_A_ROW:
+            raise NotFiniteError(
+                f"{told}; that is {skipped} in a row, so the run stops. The last checkpoint is sound: go on from it "
+                "with a lower learning rate, or look at the data there"
+            )
+
+
+def micro_batch_seed(seed: int, samples_seen: int, rank: int, index: int) -> int:
+    """The seed of dropout in one micro-batch, a pure function of the position."""
+    digest = hashlib.sha256(f"{seed}|{samples_seen}|{rank}|{index}|dropout".encode()).digest()
+    return int.from_bytes(digest[:8], "big")
+
+
+class _Meter:
+    """Mean seconds per update since it was last asked, evaluation and checkpoints left out."""
+
+    def __init__(self) -> None:
+        self._start_s, self._busy_s, self._updates = time.perf_counter(), 0.0, 0
+
+    def count(self) -> None:
+        now_s = time.perf_counter()
+        self._busy_s += now_s - self._start_s
+        self._start_s, self._updates = now_s, self._updates + 1
+
+    def restart_clock(self) -> None:
+        self._start_s = time.perf_counter()
+
+    def seconds_per_update(self) -> float:
+        mean_s = self._busy_s / self._updates
+        self._busy_s, self._updates = 0.0, 0
+        return mean_s

@@ -1,0 +1,1 @@
+"""What surrounds the loop: engines, checkpoints, metrics, evaluation, export."""

@@ -1,0 +1,156 @@
+"""Checkpoints that any engine and any number of processes can go on from.
+
+A folder `step-00001000/` is complete if and only if MANIFEST.json is in it. It is written under another name,
+forced to the disk, and renamed. Base weights change only at restarts: their files are written once a cycle
+and shared by the checkpoints of the cycle. Only safetensors and JSON are read back (`restore.py`).
+"""
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from relora.method.lora import lora_layers
+from relora.method.names import named_parameters
+from relora.runtime.engines import Engine, Live
+from relora.runtime.files import publish_folder, sha256_of, share, write_json
+from relora.runtime.rebuild import persistent_buffers
+from relora.runtime.restore import FORMAT, MANIFEST, complete_checkpoints, read_manifest
+from relora.runtime.state import Clock
+
+SHARD_BYTES = 2**30
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest last. Every rank calls `save`; `writes` says whose files they are."""
+
+    def __init__(self, folder: Path, *, limit: int | None, writes: bool) -> None:
+        self.folder, self.limit, self.writes = folder, limit, writes
+
+    def save(
+        self, live: Live, engine: Engine, clock: Clock, *, stage: str, cycle: int, about: Mapping[str, Any]
+    ) -> None:
+        """Write one checkpoint and drop those beyond the limit.
+
+        Args:
+            cycle: restarts so far: the base weights are those of this cycle.
+            about: what else the manifest says (fingerprint, hash of the data).
+        """
+        final = self.folder / f"step-{clock.step:08d}"
+        writer = _Writer(final.with_name(f".draft-{final.name}") if self.writes else None)
+        writer.begin()
+        parameters = named_parameters(live.model)
+        base = {name: p for name, p in parameters.items() if not p.requires_grad}
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        shared = self._of_this_cycle(stage, cycle) if self.writes else None
+        # Ranks that do not write still take part in reading: it is collective where parameters are sharded.
+        [num_sharing] = engine.sum([float(shared is not None)])
+        if shared is not None:
+            writer.link(shared, f"base-{cycle:05d}")
+        elif not num_sharing:
+            writer.write(f"base-{cycle:05d}", ((name, engine.store.read(p)) for name, p in base.items()))
+        buffers = persistent_buffers(live.model)
+        whole = ((name, engine.store.read(p)) for name, p in trained.items())
+        writer.write("trained", chain(whole, buffers.items()))
+        steps: dict[str, float] = {}
+        writer.write("moments", _moments(engine, live, trained, steps))
+        writer.finish(final, asdict(clock) | {"stage": stage, "cycle": cycle, "steps": steps} | dict(about))
+        if self.writes:
+            self._drop_old()
+
+    def remove_drafts(self) -> None:
+        """Remove what killed saves have left behind."""
+        for draft in self.folder.glob(".draft-*"):
+            shutil.rmtree(draft)
+
+    def _of_this_cycle(self, stage: str, cycle: int) -> Path | None:
+        for folder in reversed(complete_checkpoints(self.folder)):
+            manifest = read_manifest(folder)
+            if (manifest["stage"], manifest["cycle"]) == (stage, cycle):
+                return folder
+        return None
+
+    def _drop_old(self) -> None:
+        if self.limit is not None:
+            for folder in complete_checkpoints(self.folder)[: -self.limit]:
+                # Without its manifest a folder is no checkpoint: a kill in between leaves nothing half whole.
+                (folder / MANIFEST).unlink()
+                shutil.rmtree(folder)
+
+
+def write_stage_start(folder: Path, live: Live, engine: Engine, *, writes: bool) -> None:
+    """Keep the wrapped weights as they are at the beginning of the low-rank stage; once, and never again."""
+    is_there = (folder / MANIFEST).is_file()
+    [num_there] = engine.sum([float(writes and is_there)])
+    if num_there:
+        return
+    writer = _Writer(folder.with_name(f".draft-{folder.name}") if writes else None)
+    writer.begin()
+    weights = ((f"{name}.weight", engine.store.read(layer.weight)) for name, layer in lora_layers(live.model).items())
+    writer.write("weights", weights)
+    writer.finish(folder, {})
+
+
+class _Writer:
+    """Tensors -> safetensors files of at most about SHARD_BYTES -> a manifest. With no folder it only reads."""
+
+    def __init__(self, draft: Path | None) -> None:
+        self.draft = draft
+        self.files: dict[str, dict[str, Any]] = {}
+        self.tensors: dict[str, str] = {}
+
+    def begin(self) -> None:
+        if self.draft is not None:
+            shutil.rmtree(self.draft, ignore_errors=True)
+            self.draft.mkdir(parents=True)
+
+    def write(self, group: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        shard: dict[str, Tensor] = {}
+        for name, tensor in tensors:
+            if self.draft is not None:
+                shard[name] = tensor.detach().cpu().contiguous().clone()
+            if sum(held.nbytes for held in shard.values()) >= SHARD_BYTES:
+                self._close_shard(group, shard)
+                shard = {}
+        self._close_shard(group, shard)
+
+    def link(self, source: Path, group: str) -> None:
+        """Share the files of `group` with another checkpoint."""
+        manifest = read_manifest(source)
+        files = {name: facts for name, facts in manifest["files"].items() if facts["group"] == group}
+        for name in files:
+            assert self.draft is not None
+            share(source / name, self.draft / name)
+        self.files |= files
+        self.tensors |= {name: file for name, file in manifest["tensors"].items() if file in files}
+
+    def finish(self, final: Path, about: dict[str, Any]) -> None:
+        if self.draft is not None:
+            manifest = {"format": FORMAT} | about | {"files": self.files, "tensors": self.tensors}
+            write_json(self.draft / MANIFEST, manifest)
+            publish_folder(self.draft, final)
+
+    def _close_shard(self, group: str, shard: dict[str, Tensor]) -> None:
+        if self.draft is None or not shard:
+            return
+        count = sum(facts["group"] == group for facts in self.files.values())
+        name = f"{group}-{count + 1:05d}.safetensors"
+        save_file(shard, self.draft / name)
+        path = self.draft / name
+        self.files[name] = {"group": group, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        self.tensors |= dict.fromkeys(shard, name)
+
+
+def _moments(
+    engine: Engine, live: Live, trained: Mapping[str, nn.Parameter], steps: dict[str, float]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in trained.items():
+        moments, step = engine.read_state(live.optimizer, parameter)
+        if moments:
+            steps[name] = step
+        yield from ((f"{name}:{slot}", values) for slot, values in moments.items())

@@ -1,0 +1,108 @@
+"""One process, or several with replicated parameters (DDP over NCCL or gloo), through accelerate."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from relora.method.store import Store, TorchStore
+from relora.model import num_label_tokens, token_losses
+from relora.runtime.engines.base import Batch, Live, Update, check_world
+
+
+class LocalEngine:
+    """Parameters whole on every rank; only gradients of trainable parameters travel, once an update."""
+
+    def __init__(self, *, mixed_precision: str, num_processes: int | None) -> None:
+        # cpu=True also makes a true world of an `accelerate launch` that would start independent copies.
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            # bf16 is our own autocast: accelerate's would copy the logits to fp32 and patch model.forward.
+            mixed_precision="no",
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+        self.world_size: int = self.accelerator.num_processes
+        self.rank: int = self.accelerator.process_index
+        self.device: torch.device = self.accelerator.device
+        self.name = "one process" if self.world_size == 1 else f"DDP ({torch.distributed.get_backend()})"
+        self.store: Store = TorchStore()
+        self._bf16 = mixed_precision == "bf16"
+        check_world(self.world_size, num_processes)
+
+    def prepare(self, model: nn.Module, *, compiled: bool) -> nn.Module:
+        # accelerate keeps what it prepared; the last stage's model would stay in memory.
+        self.accelerator.free_memory()
+        if compiled:
+            model.compile()
+        return cast(nn.Module, self.accelerator.prepare_model(model))
+
+    def update(
+        self, live: Live, batches: Sequence[Batch], *, seeds: Sequence[int], max_grad_norm: float | None
+    ) -> Update:
+        [num_labels] = self.sum([sum(num_label_tokens(batch) for batch in batches)])
+        num_labels = max(num_labels, 1)
+        live.optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for batch, seed in zip(batches, seeds, strict=True):
+            torch.manual_seed(seed)
+            with self._reduce_gradients(live, last=batch is batches[-1]):
+                loss = self._token_losses(live.wrapped, batch)
+                # DDP takes the mean over ranks; the loss is a sum over ranks and tokens.
+                torch.autograd.backward(loss * (self.world_size / num_labels))
+            losses.append(loss.detach())
+        trained = [p for p in live.wrapped.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        [total, num_bad] = self.sum([torch.stack(losses).sum().item(), float(not norm.isfinite())])
+        finite = num_bad == 0 and abs(total) < float("inf")
+        if finite:
+            if max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
+            live.optimizer.step()
+        live.optimizer.zero_grad(set_to_none=True)
+        return Update(loss=total / num_labels, grad_norm=norm.item(), applied=finite)
+
+    @torch.no_grad()
+    def token_losses(self, live: Live, batch: Batch) -> Tensor:
+        return self._token_losses(live.model, batch)
+
+    def read_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> tuple[dict[str, Tensor], float]:
+        state = optimizer.state.get(parameter, {})
+        return self.store.slots(optimizer, parameter), float(state.get("step", 0))
+
+    def write_state(
+        self, optimizer: Optimizer, parameter: nn.Parameter, moments: Mapping[str, Tensor], step: float
+    ) -> None:
+        slots = {slot: values.to(parameter, copy=True) for slot, values in moments.items()}
+        optimizer.state[parameter] = {"step": torch.tensor(step, dtype=torch.float32), **slots}
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        if self.world_size == 1:
+            return list(values)
+        return cast(list[float], self.accelerator.reduce(self._tensor(values), reduction="sum").tolist())
+
+    def same_everywhere(self, text: str) -> bool:
+        return len(set(gather_object([text]))) == 1
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        # Without the barrier gloo processes now and then abort after correct results.
+        self.barrier()
+        self.accelerator.end_training()
+
+    def _reduce_gradients(self, live: Live, *, last: bool) -> AbstractContextManager[None]:
+        return nullcontext() if last else cast(AbstractContextManager[None], self.accelerator.no_sync(live.wrapped))
+
+    def _token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        on_device = {key: values.to(self.device, non_blocking=True) for key, values in batch.items()}
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16):
+            return token_losses(model, on_device)
+
+    def _tensor(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self.device)

@@ -1,0 +1,43 @@
+"""metrics.jsonl: one object a line, each kind and step once, also after a resume."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from relora.runtime.files import write_text
+
+
+class MetricsFile:
+    """Appends lines. Those of a step are on the disk before the step's checkpoint is."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(dict(line)) + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self.flush()
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line that was cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def cut_metrics(path: Path, *, after_step: int | None) -> None:
+    """Drop the lines past a checkpoint, which the resumed run writes again; None drops all."""
+    if path.is_file():
+        kept = [line for line in read_metrics(path) if after_step is not None and line["step"] <= after_step]
+        write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

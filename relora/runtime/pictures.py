@@ -1,0 +1,45 @@
+"""Pictures for TensorBoard. matplotlib is an extra: without it a run goes on and says so once."""
+
+import functools
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+INSTALL = "pip install 'relora[plots]'"
+
+
+def spectrum_picture(spectra: Mapping[str, Tensor], *, title: str) -> Any:
+    """Singular values over their index, one curve a layer, as an image array (height, width, 3) of uint8.
+
+    None without matplotlib.
+    """
+    if not _has_matplotlib():
+        return None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for name, values in spectra.items():
+        # Zeros (the rank not reached) have no place on a logarithmic axis: the curve ends there.
+        shown = np.where(values > 1e-7 * float(values.max()), values, np.nan)
+        axes.semilogy(np.arange(1, len(shown) + 1), shown, label=name, linewidth=1.2)
+    axes.set(title=title, xlabel="index", ylabel="singular value")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3]
+
+
+@functools.cache
+def _has_matplotlib() -> bool:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print(f"no pictures in TensorBoard: matplotlib is missing ({INSTALL})", file=sys.stderr)
+        return False
+    return True

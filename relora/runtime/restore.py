@@ -1,0 +1,108 @@
+"""Reading checkpoints: whole, damaged or absent is settled before anything is built from them."""
+
+import json
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from relora.config import UserError
+from relora.runtime.files import sha256_of
+from relora.runtime.state import Clock, State
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+
+
+class Tensors(Mapping[str, Tensor]):
+    """Tensors on disk by name, read one at a time when asked for."""
+
+    def __init__(self, folder: Path, files: Mapping[str, str]) -> None:
+        self.folder, self.files = folder, files
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.folder / self.files[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+class Moments(Mapping[str, Mapping[str, Tensor]]):
+    """Optimizer moments on disk: parameter name -> slot -> tensor, stored as `name:slot`."""
+
+    def __init__(self, tensors: Tensors) -> None:
+        self.tensors = tensors
+
+    @cached_property
+    def slots(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for key in self.tensors:
+            name, _, slot = key.rpartition(":")
+            found.setdefault(name, []).append(slot)
+        return found
+
+    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
+        return {slot: self.tensors[f"{name}:{slot}"] for slot in self.slots[name]}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.slots)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Folders of the complete checkpoints in `folder`, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete checkpoint; UserError if it cannot be read."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise UserError([f"{folder}: checkpoint format {manifest['format']}, this version reads {FORMAT}"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable(folder, f"{MANIFEST} is damaged ({error})") from None
+    return dict(manifest)
+
+
+def open_checkpoint(folder: Path) -> State:
+    """The state in a checkpoint folder; tensors are read when asked for. UserError if a file is missing."""
+    manifest = read_manifest(folder)
+    files: dict[str, str] = manifest["tensors"]
+    moments = {name: file for name, file in files.items() if file.startswith("moments-")}
+    return State(
+        clock=Clock(manifest["step"], manifest["samples_seen"]),
+        stage=manifest["stage"],
+        weights=Tensors(folder, {name: file for name, file in files.items() if name not in moments}),
+        moments=Moments(Tensors(folder, moments)),
+        steps=manifest["steps"],
+    )
+
+
+def open_stage_start(folder: Path) -> Tensors:
+    """The wrapped weights at the beginning of the low-rank stage, by canonical name."""
+    return Tensors(folder, read_manifest(folder)["tensors"])
+
+
+def verify_checkpoint(folder: Path) -> None:
+    """UserError that names the first file whose size, hash or form is not what the manifest says."""
+    for name, facts in read_manifest(folder)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise _unreadable(folder, f"{name} is missing")
+        if path.stat().st_size != facts["bytes"] or sha256_of(path) != facts["sha256"]:
+            raise _unreadable(folder, f"{name} is not what was written (size or hash differs)")
+
+
+def _unreadable(folder: Path, reason: str) -> UserError:
+    return UserError([f"checkpoint {folder}: {reason}; remove the folder to go on from the checkpoint before it"])

@@ -1,0 +1,36 @@
+"""Text that a model writes."""
+
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def sample_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+) -> str:
+    """`prompt` continued by up to `max_new_tokens`; greedy at temperature 0, else drawn from `seed`."""
+    ids: Any = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
+    if ids.shape[1] == 0:
+        ids = torch.tensor([[tokenizer.eos_token_id]], device=model.device)
+    settings = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature > 0,
+        temperature=temperature if temperature > 0 else None,
+        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        use_cache=True,
+    )
+    was_training = model.training
+    model.eval()
+    torch.manual_seed(seed)
+    written: Any = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    model.train(was_training)
+    return str(tokenizer.decode(written[0], skip_special_tokens=True))

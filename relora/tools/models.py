@@ -1,0 +1,66 @@
+"""The model that a command is given: a run folder, or any folder or hub id with a Hugging Face model."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from relora.config import Config, UserError, load_config
+from relora.config.derived import lora_config
+from relora.model import load_hf_config
+from relora.runtime.folder import RunFolder
+from relora.runtime.rebuild import merged_model
+from relora.runtime.restore import complete_checkpoints, open_checkpoint, verify_checkpoint
+
+
+def load(run_or_model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model (plain, float32, on the GPU if there is one) and tokenizer.
+
+    A run gives its newest checkpoint, every update merged.
+
+    Raises:
+        UserError: nothing there, no complete checkpoint, or not a model.
+    """
+    folder = RunFolder(Path(run_or_model))
+    model, tokenizer = load_run(folder) if folder.is_run else _load_plain(run_or_model)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def load_run(folder: RunFolder, step: int | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of a run at its newest checkpoint, or at the one of `step`."""
+    config = load_config(folder.config)
+    checkpoint = find_checkpoint(folder, step)
+    verify_checkpoint(checkpoint)
+    hf_config = load_hf_config(config.model)
+    model = merged_model(open_checkpoint(checkpoint), config.model, hf_config, lora_config(config))
+    return model, AutoTokenizer.from_pretrained(folder.tokenizer)
+
+
+def find_checkpoint(folder: RunFolder, step: int | None) -> Path:
+    checkpoints = complete_checkpoints(folder.checkpoints)
+    if not checkpoints:
+        raise UserError([f"{folder.path}: the run has no complete checkpoint yet"])
+    if step is None:
+        return checkpoints[-1]
+    names = {path.name: path for path in checkpoints}
+    wanted = f"step-{step:08d}"
+    if wanted not in names:
+        steps = ", ".join(str(int(name.removeprefix("step-"))) for name in names)
+        raise UserError([f"--step {step}: the run has checkpoints at {steps}"])
+    return names[wanted]
+
+
+def run_of(run_or_model: str) -> Config | None:
+    """The configuration of the run that a run folder, or a model folder in one, belongs to."""
+    path = Path(run_or_model)
+    run = next((RunFolder(p) for p in (path, path.resolve().parent) if RunFolder(p).is_run), None)
+    return load_config(run.config) if run is not None else None
+
+
+def _load_plain(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError([f"{name}: neither a run folder nor a model that transformers can load ({reason})"]) from None
