@@ -1,5 +1,6 @@
 """The Hugging Face causal language model: its config, its building, its loss."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -78,7 +79,8 @@ def empty_model(section: ModelSection, hf_config: PretrainedConfig) -> PreTraine
 def _from_config(section: ModelSection, hf_config: PretrainedConfig) -> PreTrainedModel:
     return _trainable_by_us(
         AutoModelForCausalLM.from_config(
-            hf_config,
+            # A copy: the model writes its dtype and our settings into the config it is given.
+            copy.deepcopy(hf_config),
             dtype=torch.float32,
             attn_implementation=section.attn_implementation,
             trust_remote_code=section.trust_remote_code,

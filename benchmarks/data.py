@@ -1,0 +1,113 @@
+"""How fast data are prepared and read: `python benchmarks/data.py [--megabytes 40] [--num-proc N] [--json FILE]`.
+
+Rows: tokenization (both sides of the split, all of prepare but the training of the tokenizer), finding a sample far
+away, and reading one batch of 16 x 512 in the training process.
+"""
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from relora.config.tree import DataSection
+from relora.data import PreparedData, prepare
+from relora.data.stdlib import stdlib_texts
+from relora.data.writing import usable_cores
+
+VOCAB_SIZE = 32_000
+
+
+def main() -> None:
+    options = arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["RELORA_CACHE"] = folder
+        results = measure(Path(folder), options.megabytes, options.num_proc)
+    width = max(map(len, results))
+    for name, value in results.items():
+        print(f"{name:{width}}  {value:10.3f}")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, default=40, help="size of the corpus")
+    parser.add_argument("--num-proc", type=int, default=usable_cores(), help="processes; default: all cores")
+    parser.add_argument("--json", type=Path, help="also write the numbers there")
+    return parser.parse_args()
+
+
+def measure(folder: Path, megabytes: int, num_proc: int) -> dict[str, float]:
+    data, num_bytes = corpus(folder / "corpus.jsonl", megabytes)
+    tokenizer = folder / "tokenizer"
+    prepare(DataSection(), vocab_size=VOCAB_SIZE, tokenizer=None, quiet=True).tokenizer().save_pretrained(tokenizer)
+    cpu_before_s = cpu_s()
+    prepared, prepare_s = timed(data, tokenizer, num_proc=num_proc)
+    prepare_cpu_s = cpu_s() - cpu_before_s
+    _, one_s = timed(data.model_copy(update={"prepared_dir": str(folder / "one")}), tokenizer, num_proc=1)
+    megabytes_done = num_bytes / 1e6
+    return {
+        "corpus, MB": megabytes_done,
+        "processes": num_proc,
+        "tokens per byte": prepared.manifest.sources[0].train.tokens / num_bytes,
+        "prepare, MB/s": megabytes_done / prepare_s,
+        "prepare, MB/s per process": megabytes_done / prepare_s / num_proc,
+        "prepare, MB per CPU second": megabytes_done / prepare_cpu_s,
+        "prepare with num_proc 1 (threads), MB/s": megabytes_done / one_s,
+        **reading(prepared, data),
+    }
+
+
+def corpus(path: Path, megabytes: int) -> tuple[DataSection, int]:
+    """The standard library over and over, each copy a document of its own, in documents of about 4 kB."""
+    num_bytes = 0
+    texts = stdlib_texts()
+    with path.open("w") as file:
+        for copy in range(10**6):
+            for text in texts:
+                for start in range(0, len(text), 4000):
+                    document = f"# copy {copy}\n{text[start : start + 4000]}"
+                    num_bytes += len(document.encode())
+                    file.write(json.dumps({"text": document}) + "\n")
+                if num_bytes >= megabytes * 10**6:
+                    return DataSection.model_validate({"sources": [{"path": str(path)}]}), num_bytes
+    raise AssertionError("unreachable")
+
+
+def timed(data: DataSection, tokenizer: Path, *, num_proc: int) -> tuple[PreparedData, float]:
+    began = time.perf_counter()
+    data = data.model_copy(update={"num_proc": num_proc})
+    prepared = prepare(data, vocab_size=VOCAB_SIZE, tokenizer=str(tokenizer), quiet=True)
+    return prepared, time.perf_counter() - began
+
+
+def cpu_s() -> float:
+    """CPU time of this process and of its finished workers: on a busy machine the truer clock."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def reading(prepared: PreparedData, data: DataSection) -> dict[str, float]:
+    results = {}
+    for document_mask in (False, True):
+        samples = prepared.samples(data.model_copy(update={"document_mask": document_mask}), seed=0)
+        name = f"batch of 16 x 512{' with document_mask' if document_mask else ''}, ms"
+        results[name] = 1e3 * seconds_each(lambda i, s=samples: s.__getitems__(range(16 * i, 16 * i + 16)), 300)
+    results["find sample 10**9, us"] = 1e6 * seconds_each(lambda i: samples.locate(10**9 + i), 20_000)
+    return results
+
+
+def seconds_each(call: Callable[[int], object], times: int) -> float:
+    call(0)
+    began = time.perf_counter()
+    for i in range(times):
+        call(i)
+    return (time.perf_counter() - began) / times
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The sample at a position, and the micro-batches of a rank from a position on."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from relora.data.order import Mixture, row_of
+from relora.data.tokens import Row, TokenStream
+
+Batch = dict[str, Tensor]
+NOT_A_LABEL = -100  # transformers' ignore_index
+NO_TOKENS = Row(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
+
+
+def make_batch(rows: Sequence[Row], sequence_length: int, *, eos_id: int, document_mask: bool) -> Batch:
+    """Rows -> int64 tensors [rows, sequence_length]: input_ids, labels, and with document_mask two more.
+
+    labels: a copy of input_ids, unshifted as transformers wants it, NOT_A_LABEL on padding (whose id is EOS). With
+    document_mask: document_ids 0, 1, 2.. within the row (padding is a document of its own), position_ids from 0 in
+    each, and NOT_A_LABEL at the first token of a document, which nothing in its document predicts.
+    """
+    input_ids = np.full((len(rows), sequence_length), eos_id, dtype=np.int64)
+    labels = np.full_like(input_ids, NOT_A_LABEL)
+    for input_row, label_row, row in zip(input_ids, labels, rows, strict=True):
+        input_row[: len(row.tokens)] = row.tokens
+        label_row[: len(row.tokens)] = row.tokens
+    if not document_mask:
+        return tensors({"input_ids": input_ids, "labels": labels})
+    begins = document_begins(rows, sequence_length)
+    labels[begins] = NOT_A_LABEL
+    return tensors({"input_ids": input_ids, "labels": labels, **places(begins)})
+
+
+def document_begins(rows: Sequence[Row], sequence_length: int) -> np.ndarray:
+    """Bool [rows, sequence_length]: where a document, or the padding, begins."""
+    begins = np.zeros((len(rows), sequence_length), dtype=bool)
+    for begin_row, row in zip(begins, rows, strict=True):
+        begin_row[row.starts] = True
+        begin_row[len(row.tokens) : len(row.tokens) + 1] = True
+    return begins
+
+
+def places(begins: np.ndarray) -> dict[str, np.ndarray]:
+    """position_ids and document_ids of rows whose documents begin there; what runs on at 0 is document 0."""
+    later = begins.copy()
+    later[:, 0] = False
+    columns = np.arange(begins.shape[1])
+    begun_at = np.maximum.accumulate(np.where(later, columns, 0), axis=1)
+    return {"position_ids": columns - begun_at, "document_ids": np.cumsum(later, axis=1, dtype=np.int64)}
+
+
+def tensors(arrays: dict[str, np.ndarray]) -> Batch:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+class Samples(Dataset[Batch]):
+    """The endless training samples: samples[i] is a pure function of (seed, i), of 1-D int64 tensors."""
+
+    def __init__(
+        self, streams: Sequence[TokenStream], mixture: Mixture, *, seed: int, eos_id: int, document_mask: bool
+    ) -> None:
+        self.streams = list(streams)
+        self.mixture = mixture
+        self.seed = seed
+        self.eos_id = eos_id
+        self.document_mask = document_mask
+
+    def locate(self, i: int) -> tuple[int, int]:
+        """Sample i -> (source, row)."""
+        source, count = self.mixture.locate(i)
+        num_rows = self.streams[source].num_rows
+        return source, row_of(seed=self.seed, source=source, count=count, num_rows=num_rows)
+
+    def passes(self, i: int) -> list[float]:
+        """How often each source has been read once i samples were seen."""
+        counts = self.mixture.counts(i)
+        return [count / stream.num_rows for count, stream in zip(counts, self.streams, strict=True)]
+
+    def __getitem__(self, i: int) -> Batch:
+        return {name: tensor[0] for name, tensor in self.__getitems__([i]).items()}
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """The samples at these positions as one batch [positions, sequence_length]; a DataLoader asks for this."""
+        places_of = [self.locate(i) for i in positions]
+        rows = [self.streams[source].row(row) for source, row in places_of]
+        length = self.streams[0].sequence_length
+        return make_batch(rows, length, eos_id=self.eos_id, document_mask=self.document_mask)
+
+
+class Positions:
+    """The endless lists of positions that one rank reads, a micro-batch each, from update to update."""
+
+    def __init__(self, *, start: int, global_batch_size: int, batch_size: int, rank: int, world_size: int) -> None:
+        at_once = batch_size * world_size
+        if global_batch_size % at_once:
+            raise ValueError(
+                f"global_batch_size {global_batch_size} is no multiple of per_device_batch_size {batch_size} "
+                f"x {world_size} processes"
+            )
+        self.first = start + rank * batch_size
+        self.batch_size = batch_size
+        self.at_once = at_once
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # Micro-batch m of an update at s begins at s + (m * world + rank) * B, and updates lie end to end.
+        first = self.first
+        while True:
+            yield list(range(first, first + self.batch_size))
+            first += self.at_once
+
+
+def micro_batches(
+    samples: Samples,
+    *,
+    start: int,
+    global_batch_size: int,
+    per_device_batch_size: int,
+    rank: int,
+    world_size: int,
+    num_workers: int,
+) -> Iterator[list[Batch]]:
+    """Endless: for each update from sample `start` on, the list of this rank's micro-batches [B, sequence_length].
+
+    Micro-batch m of rank r holds the samples start + (m * world_size + r) * B .. + B. What is in it depends on
+    neither num_workers nor the world size. The workers end when the iterator is closed or dropped. Raises ValueError,
+    at once, if the global batch does not divide.
+    """
+    positions = Positions(
+        start=start,
+        global_batch_size=global_batch_size,
+        batch_size=per_device_batch_size,
+        rank=rank,
+        world_size=world_size,
+    )
+    num_micro_batches = global_batch_size // positions.at_once
+    return grouped(loader_of(samples, positions, num_workers), num_micro_batches)
+
+
+def grouped(loader: "DataLoader[Batch]", size: int) -> Iterator[list[Batch]]:
+    batches = iter(loader)
+    while True:
+        yield [next(batches) for _ in range(size)]
+
+
+def loader_of(samples: Samples, positions: Positions, num_workers: int) -> "DataLoader[Batch]":
+    return DataLoader(
+        samples,
+        batch_sampler=cast("Iterator[list[int]]", positions),
+        num_workers=num_workers,
+        collate_fn=same,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else the loader would draw from, and so move on, torch's global one
+    )
+
+
+def same(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,113 @@
+"""`manifest.json`: what a folder of prepared data holds. Written last: where it is, the data are complete."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from relora.config.problems import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRecord(Record):
+    """One Arrow file, named relative to the folder."""
+
+    name: str
+    bytes: int
+    documents: int
+    tokens: int
+
+
+class StreamRecord(Record):
+    """The documents of one source on one side of the split, in their order."""
+
+    documents: int
+    tokens: int
+    files: tuple[FileRecord, ...]
+
+
+class SourceRecord(Record):
+    spec: dict[str, Any]
+    train: StreamRecord
+    eval: StreamRecord
+    skipped_nulls: int
+    skipped_empty: int
+
+
+class Manifest(Record):
+    """content_hash is of the tokens and the documents' borders alone: it is the same on every node."""
+
+    format_version: int
+    content_hash: str
+    made_from: dict[str, Any]
+    tokenizer_hash: str
+    vocab_size: int
+    token_dtype: Literal["uint16", "uint32"]
+    eos_token_id: int
+    sources: tuple[SourceRecord, ...]
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of complete data, None if there is none. Raises UserError if it is not ours or files are missing."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return None
+    content = read_json(path)
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError([f"{path}: format_version is {version!r}, this program reads {FORMAT_VERSION}; prepare again"])
+    try:
+        manifest = Manifest.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise UserError([f"{path}: damaged manifest: {error.errors()[0]['loc']}; delete the folder"]) from error
+    check_present(folder, manifest)
+    return manifest
+
+
+def check_present(folder: Path, manifest: Manifest) -> None:
+    files = [file for source in manifest.sources for stream in (source.train, source.eval) for file in stream.files]
+    for file in files:
+        path = folder / file.name
+        size = path.stat().st_size if path.exists() else None
+        if size != file.bytes:
+            state = "is missing" if size is None else f"has {size} bytes instead of {file.bytes}"
+            raise UserError([f"prepared data in {folder} are damaged: {file.name} {state}; delete the folder"])
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError([f"{path}: not JSON ({error}); delete the folder"]) from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """All of it or nothing: under another name first, then renamed, on disk before this returns."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
