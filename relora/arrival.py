@@ -6,6 +6,7 @@ A restart comes before the checkpoint of its step, so it is never replayed.
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from relora.config.derived import Plan
 from relora.data import PreparedData, eval_batches, probe_batch
-from relora.method.lora import LoRALinear, lora_layers
+from relora.method.lora import lora_layers
 from relora.method.restart import restart
 from relora.runtime.checkpoint import Checkpoints
 from relora.runtime.engines import Engine, Live
@@ -24,6 +25,7 @@ from relora.runtime.tracking import Tracker
 from relora.stages import Stage
 
 NUM_PICTURED_LAYERS = 4
+NUM_PROBE_ROWS = 8
 NUM_PROMPTS, PROMPT_TOKENS, SAMPLE_TOKENS = 2, 16, 48
 
 
@@ -32,7 +34,7 @@ class Arrival:
     """The housekeeping of one stage.
 
     Attributes:
-        stage_start: wrapped weights at the beginning of the low-rank stage, by name; empty in a full-rank stage.
+        stage_start: on rank 0 the wrapped weights at the beginning of the low-rank stage; elsewhere empty.
         about: what every checkpoint says of its run.
     """
 
@@ -97,7 +99,7 @@ class Arrival:
         self.tracker.line({"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
         self.tracker.say(f"step {step}: held-out loss {loss:.4f} nats, perplexity {perplexity(loss):.2f}")
         self._sample(step)
-        if step == self.plan.max_steps:
+        if self.stage.is_low_rank and step == self.plan.max_steps:
             self.tracker.spectra(self._spectra(), step)
 
     def _sample(self, step: int) -> None:
@@ -121,23 +123,19 @@ class Arrival:
         )
 
     def _probe_loss(self) -> float:
-        config = self.plan.config
-        batch = probe_batch(
-            self.data,
-            config.data,
-            batch_size=config.training.per_device_batch_size,
-            rank=self.engine.rank,
-            world_size=self.engine.world_size,
-        )
-        return held_out_loss(self.live, self.engine, [batch])
+        """Loss on the first held-out rows, one by one: the same whatever the number of processes and the batch size."""
+        rows = eval_batches(self.data, self.plan.config.data, batch_size=1)
+        return held_out_loss(self.live, self.engine, islice(rows, NUM_PROBE_ROWS))
 
     @torch.no_grad()
     def _spectra(self) -> dict[str, Tensor]:
-        """Singular values of W - W_start of a few layers, spread over the model."""
+        """Singular values of W - W_start of a few layers, spread over the model; on rank 0, which holds W_start."""
         layers = lora_layers(self.live.model)
         names = list(layers)[:: max(1, len(layers) // NUM_PICTURED_LAYERS)][:NUM_PICTURED_LAYERS]
-        return {name: torch.linalg.svdvals(self._learned(name, layers[name])).cpu() for name in names}
-
-    def _learned(self, name: str, layer: LoRALinear) -> Tensor:
-        start = self.stage_start[f"{name}.weight"]
-        return self.engine.store.read(layer.weight) + layer.delta() - start.to(layer.weight.device)
+        spectra = {}
+        for name in names:
+            W = self.engine.store.read(layers[name].weight)
+            if self.stage_start:
+                learned = W + layers[name].delta() - self.stage_start[f"{name}.weight"].to(W.device)
+                spectra[name] = torch.linalg.svdvals(learned).cpu()
+        return spectra

@@ -64,8 +64,8 @@ def summary(job: Job, results: dict[str, Any]) -> str:
     folder, loss = job.folder, results["eval_loss"]
     said = [
         f"finished: {results['step']:,} updates, {results['tokens']:,} tokens",
-        f"held-out loss {loss:.4f} nats, {results['unigram_entropy'] - loss:.4f} under the unigram entropy of the same "
-        f"tokens, {results['unigram_entropy']:.4f}",
+        f"held-out loss {loss:.4f} nats; the unigram entropy of the same tokens is {results['unigram_entropy']:.4f}, "
+        f"so context is worth {results['unigram_entropy'] - loss:+.4f} nats",
     ]
     if "eval_loss_at_switch" in results:
         at_switch = results["eval_loss_at_switch"]

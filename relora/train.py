@@ -85,7 +85,7 @@ def _run_stage(
         tracker=tracker,
         data=job.data,
         checkpoints=checkpoints,
-        stage_start=open_stage_start(job.folder.stage_start) if stage.is_low_rank else {},
+        stage_start=open_stage_start(job.folder.stage_start) if stage.is_low_rank and engine.rank == 0 else {},
         about=job.about,
     )
     if begins:

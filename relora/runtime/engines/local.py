@@ -5,9 +5,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from relora.method.store import Store, TorchStore
@@ -20,26 +21,30 @@ class LocalEngine:
 
     def __init__(self, *, mixed_precision: str, num_processes: int | None) -> None:
         # cpu=True also makes a true world of an `accelerate launch` that would start independent copies.
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            # bf16 is our own autocast: accelerate's would copy the logits to fp32 and patch model.forward.
-            mixed_precision="no",
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-        )
+        # bf16 is our own autocast: accelerate's would copy the logits to fp32 and patch model.forward.
+        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
         self.world_size: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
-        self.device: torch.device = self.accelerator.device
+        device: torch.device = self.accelerator.device
+        self.device = torch.device("cpu") if device.type == "cpu" else device
         self.name = "one process" if self.world_size == 1 else f"DDP ({torch.distributed.get_backend()})"
         self.store: Store = TorchStore()
         self._bf16 = mixed_precision == "bf16"
         check_world(self.world_size, num_processes)
 
     def prepare(self, model: nn.Module, *, compiled: bool) -> nn.Module:
-        # accelerate keeps what it prepared; the last stage's model would stay in memory.
-        self.accelerator.free_memory()
+        model.to(self.device)
         if compiled:
             model.compile()
-        return cast(nn.Module, self.accelerator.prepare_model(model))
+        if self.world_size == 1:
+            return model
+        return DistributedDataParallel(
+            model,
+            device_ids=None if self.device.type == "cpu" else [self.device],
+            gradient_as_bucket_view=True,
+            # Buffers (rotary tables) are the same everywhere; sending them at each forward would cost a collective.
+            forward_sync_buffers=False,
+        )
 
     def update(
         self, live: Live, batches: Sequence[Batch], *, seeds: Sequence[int], max_grad_norm: float | None
@@ -97,7 +102,10 @@ class LocalEngine:
         self.accelerator.end_training()
 
     def _reduce_gradients(self, live: Live, *, last: bool) -> AbstractContextManager[None]:
-        return nullcontext() if last else cast(AbstractContextManager[None], self.accelerator.no_sync(live.wrapped))
+        """Gradients travel in the backward pass of the last micro-batch alone."""
+        if last or not isinstance(live.wrapped, DistributedDataParallel):
+            return nullcontext()
+        return cast(AbstractContextManager[None], live.wrapped.no_sync())
 
     def _token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         on_device = {key: values.to(self.device, non_blocking=True) for key, values in batch.items()}

@@ -1,0 +1,39 @@
+"""Fixtures: a cache of its own for each session, a corpus that can be learned, and a tiny run over it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny import write_corpus
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    # Tiny models: more threads only fight with the processes that tests start.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RELORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with jsonl documents, some of two words and some of hundreds."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture
+def tiny_run(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Settings of a tiny run: `tiny_run(name, **overrides)` with overrides as `section__key=value`."""
+    from tests.tiny import settings
+
+    return lambda name="run", **overrides: settings(corpus, tmp_path / name, **overrides)
