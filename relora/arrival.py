@@ -131,7 +131,9 @@ class Arrival:
     def _spectra(self) -> dict[str, Tensor]:
         """Singular values of W - W_start of a few layers, spread over the model; on rank 0, which holds W_start."""
         layers = lora_layers(self.live.model)
-        names = list(layers)[:: max(1, len(layers) // NUM_PICTURED_LAYERS)][:NUM_PICTURED_LAYERS]
+        # Evenly spaced from the first to the last: different depths, and different kinds of layers.
+        places = torch.linspace(0, len(layers) - 1, min(NUM_PICTURED_LAYERS, len(layers))).round().int().tolist()
+        names = [list(layers)[place] for place in places]
         spectra = {}
         for name in names:
             W = self.engine.store.read(layers[name].weight)

@@ -49,6 +49,11 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, help="the checkpoint to export (default: the newest)")
     export.set_defaults(run=_export)
 
+    report = commands.add_parser("report", help="pictures and one HTML page of one run or several")
+    report.add_argument("run_folders", metavar="RUN", nargs="+")
+    report.add_argument("--output", help="the folder to write (default: report/ in the first run)")
+    report.set_defaults(run=_report)
+
     generate = commands.add_parser("generate", help="sample text")
     generate.add_argument("run_or_model", metavar="RUN_OR_MODEL")
     generate.add_argument("--prompt", required=True)
@@ -93,6 +98,12 @@ def _export(options: argparse.Namespace) -> None:
     from relora.tools.export import export
 
     export(options.run_folder, options.output, dtype=options.dtype, step=options.step)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from relora.tools.report import report
+
+    report(options.run_folders, options.output)
 
 
 def _generate(options: argparse.Namespace) -> None:

@@ -46,7 +46,7 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
     model = _model(stage, state, config, hf_config)
     state.free()
     if config.model.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     wrapped = engine.prepare(model, compiled=config.model.torch_compile)
     optim = config.optim

@@ -13,6 +13,7 @@ from relora.arrival import Arrival
 from relora.config import Config, UserError
 from relora.config.derived import derived_numbers
 from relora.data import micro_batches
+from relora.files import write_json
 from relora.finish import finish, is_finished
 from relora.job import Job, newest_state, open_job
 from relora.loop import Loop
@@ -20,7 +21,6 @@ from relora.method.census import census
 from relora.model import keeps_documents_apart
 from relora.runtime.checkpoint import Checkpoints, write_stage_start
 from relora.runtime.engines import Engine, Live, connect
-from relora.runtime.files import write_json
 from relora.runtime.folder import RunFolder
 from relora.runtime.restore import open_stage_start
 from relora.runtime.state import State

@@ -23,6 +23,7 @@ ORDER = (
     "model",
     "data",
     "config",
+    "files",
     "method",
 )
 

@@ -1,13 +1,13 @@
 """`manifest.json`: what a folder of prepared data holds. Written last: where it is, the data are complete."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from relora.config.problems import UserError
+from relora.files import write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -91,23 +91,3 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError([f"{path}: not JSON ({error}); delete the folder"]) from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """All of it or nothing: under another name first, then renamed, on disk before this returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """fsync of a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -20,8 +20,6 @@ from relora.data.manifest import (
     SourceRecord,
     read_json,
     read_manifest,
-    sync,
-    write_json,
     write_manifest,
 )
 from relora.data.prepared import TOKENIZER_FOLDER, PreparedData, open_prepared
@@ -29,6 +27,7 @@ from relora.data.recipe import Recipe, check_same, checked_tokenizer, folder_of,
 from relora.data.sources import TEXT, load_sources
 from relora.data.tokenizer import num_ids, tokenizer_hash, train_tokenizer
 from relora.data.writing import TOKENS_FOLDER, Encoding, content_hash, num_pieces, usable_cores, write_stream
+from relora.files import sync, write_json
 
 LOCK = ".lock"
 UNFINISHED = "unfinished.json"

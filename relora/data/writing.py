@@ -13,10 +13,11 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from relora.data.encode import INPUT_IDS, encode_documents, token_dtype
-from relora.data.manifest import FileRecord, SourceRecord, StreamRecord, sync
+from relora.data.manifest import FileRecord, SourceRecord, StreamRecord
 from relora.data.sources import TEXT
 from relora.data.tokenizer import encoder_of, num_ids
 from relora.data.tokens import TokenFile
+from relora.files import sync
 
 TOKENS_FOLDER = "tokens"
 # A killed preparation loses at most the pieces at work, one per process: some minutes.

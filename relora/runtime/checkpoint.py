@@ -15,10 +15,10 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from relora.files import publish_folder, sha256_of, share, write_json
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.runtime.engines import Engine, Live
-from relora.runtime.files import publish_folder, sha256_of, share, write_json
 from relora.runtime.rebuild import persistent_buffers
 from relora.runtime.restore import FORMAT, MANIFEST, complete_checkpoints, read_manifest
 from relora.runtime.state import Clock

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from relora.runtime.files import publish_folder
+from relora.files import publish_folder
 
 
 def export_model(

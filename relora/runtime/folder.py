@@ -13,7 +13,7 @@ import relora
 from relora.config import Config, UserError
 from relora.config.derived import fingerprint
 from relora.config.yaml12 import parse
-from relora.runtime.files import write_json, write_text
+from relora.files import write_json, write_text
 
 Status = Literal["running", "finished", "preempted", "failed"]
 

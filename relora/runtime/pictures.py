@@ -1,6 +1,7 @@
 """Pictures for TensorBoard. matplotlib is an extra: without it a run goes on and says so once."""
 
 import functools
+import importlib.util
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +17,8 @@ def spectrum_picture(spectra: Mapping[str, Tensor], *, title: str) -> Any:
 
     None without matplotlib.
     """
-    if not _has_matplotlib():
+    if not has_matplotlib():
+        _say_once()
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -35,11 +37,10 @@ def spectrum_picture(spectra: Mapping[str, Tensor], *, title: str) -> Any:
     return np.asarray(canvas.buffer_rgba())[..., :3]
 
 
+def has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 @functools.cache
-def _has_matplotlib() -> bool:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        print(f"no pictures in TensorBoard: matplotlib is missing ({INSTALL})", file=sys.stderr)
-        return False
-    return True
+def _say_once() -> None:
+    print(f"no pictures in TensorBoard: matplotlib is missing ({INSTALL})", file=sys.stderr)

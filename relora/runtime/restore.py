@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from relora.config import UserError
-from relora.runtime.files import sha256_of
+from relora.files import sha256_of
 from relora.runtime.state import Clock, State
 
 FORMAT = 1
