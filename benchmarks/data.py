@@ -1,22 +1,25 @@
 """How fast data are prepared and read: `python benchmarks/data.py [--megabytes 40] [--num-proc N] [--json FILE]`.
 
 Rows: tokenization (both sides of the split, all of prepare but the training of the tokenizer), finding a sample far
-away, and reading one batch of 16 x 512 in the training process.
+away, and reading one batch of 16 x 512 in the training process, also as a share of a step of the 9m model on it.
 """
 
 import argparse
 import json
 import os
 import resource
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from relora.config.tree import DataSection
+from relora import LoRAConfig, build_optimizer, inject_lora
+from relora.config.tree import DataSection, ModelSection
 from relora.data import PreparedData, prepare
 from relora.data.stdlib import stdlib_texts
 from relora.data.writing import usable_cores
+from relora.model import build_model, load_hf_config, token_losses
 
 VOCAB_SIZE = 32_000
 
@@ -59,6 +62,7 @@ def measure(folder: Path, megabytes: int, num_proc: int) -> dict[str, float]:
         "prepare, MB per CPU second": megabytes_done / prepare_cpu_s,
         "prepare with num_proc 1 (threads), MB/s": megabytes_done / one_s,
         **reading(prepared, data),
+        **share_of_a_step(prepared, data),
     }
 
 
@@ -99,6 +103,26 @@ def reading(prepared: PreparedData, data: DataSection) -> dict[str, float]:
         results[name] = 1e3 * seconds_each(lambda i, s=samples: s.__getitems__(range(16 * i, 16 * i + 16)), 300)
     results["find sample 10**9, us"] = 1e6 * seconds_each(lambda i: samples.locate(10**9 + i), 20_000)
     return results
+
+
+def share_of_a_step(prepared: PreparedData, data: DataSection, rounds: int = 5) -> dict[str, float]:
+    """Reading against training on what was read, in turn, medians: the machine's drift hits both."""
+    section = ModelSection(config=str(Path(__file__).parents[1] / "configs" / "models" / "llama_9m.json"))
+    model = build_model(section, load_hf_config(section), seed=0)
+    inject_lora(model, LoRAConfig(r=32, modules_to_save="rest"))
+    optimizer, samples = build_optimizer(model), prepared.samples(data, seed=0)
+    reading_s, training_s = [], []
+    for number in range(rounds + 1):
+        began = time.perf_counter()
+        batch = samples.__getitems__(range(16 * number, 16 * number + 16))
+        read = time.perf_counter()
+        token_losses(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        reading_s.append(read - began)
+        training_s.append(time.perf_counter() - read)
+    read_s, step_s = statistics.median(reading_s[1:]), statistics.median(training_s[1:])
+    return {"step of llama 9m on 16 x 512, ms": 1e3 * step_s, "reading, % of that step": 100 * read_s / step_s}
 
 
 def seconds_each(call: Callable[[int], object], times: int) -> float:

@@ -112,7 +112,7 @@ class Arrival:
             self.tracker.text(f"sample/{number}", text, step)
 
     def _save(self, clock: Clock) -> None:
-        self.tracker.flush()
+        self.tracker.sync(clock.step)
         self.checkpoints.save(
             self.live,
             self.engine,

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -47,8 +47,9 @@ def train(config: Config, *, dry_run: bool = False, extend: bool = False) -> Non
         if dry_run:
             _rehearse(job, engine, state)
         else:
-            mine.append(job.folder)
-            _run(job, engine, state)
+            with job.folder.held() if engine.rank == 0 else nullcontext():
+                mine.append(job.folder)
+                _run(job, engine, state)
         engine.close()
 
 

@@ -2,12 +2,14 @@
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from filelock import FileLock, Timeout
 
 import relora
 from relora.config import Config, UserError
@@ -55,6 +57,19 @@ class RunFolder:
     @property
     def is_run(self) -> bool:
         return self.config.is_file()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Only one run at a time trains in the folder; UserError for the second."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError([f"output_dir = {self.path}: another process is training in it"]) from None
+        with lock:
+            lock.release()  # `with` has acquired it once more
+            yield
 
     def write_status(self, status: Status, *, step: int, reason: str | None = None) -> None:
         write_json(self.path / "status.json", {"status": status, "step": step, "reason": reason})

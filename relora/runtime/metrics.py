@@ -10,7 +10,7 @@ from relora.files import write_text
 
 
 class MetricsFile:
-    """Appends lines. Those of a step are on the disk before the step's checkpoint is."""
+    """Appends lines, to be read at once by others. Those of a step are on the disk before its checkpoint is."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -18,13 +18,13 @@ class MetricsFile:
 
     def write(self, line: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(dict(line)) + "\n")
-
-    def flush(self) -> None:
         self._file.flush()
+
+    def sync(self) -> None:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self.flush()
+        self.sync()
         self._file.close()
 
 

@@ -33,8 +33,8 @@ class Tracker(Protocol):
     def spectra(self, spectra: Mapping[str, Tensor], step: int) -> None:
         """Show singular values, descending, as one picture."""
 
-    def flush(self) -> None:
-        """Everything recorded so far is on the disk afterwards."""
+    def sync(self, step: int) -> None:
+        """Everything recorded up to `step` is on the disk afterwards; its checkpoint comes next."""
 
     def close(self) -> None: ...
 
@@ -52,7 +52,7 @@ class SilentTracker:
 
     def spectra(self, spectra: Mapping[str, Tensor], step: int) -> None: ...
 
-    def flush(self) -> None: ...
+    def sync(self, step: int) -> None: ...
 
     def close(self) -> None: ...
 
@@ -62,6 +62,7 @@ class RunTracker:
 
     def __init__(self, folder: RunFolder, *, start: int | None, total: int, hparams: Mapping[str, Any]) -> None:
         """`start` is the step of the checkpoint the run goes on from, None for a new run."""
+        self._folder = folder
         cut_metrics(folder.metrics, after_step=start)
         self._metrics = MetricsFile(folder.metrics)
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=0 if start is None else start + 1)
@@ -91,9 +92,10 @@ class RunTracker:
         if picture is not None:
             self._board.add_image("spectrum", picture, step, dataformats="HWC")
 
-    def flush(self) -> None:
-        self._metrics.flush()
+    def sync(self, step: int) -> None:
+        self._metrics.sync()
         self._board.flush()
+        self._folder.write_status("running", step=step)
 
     def close(self) -> None:
         self._bar.close()

@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from relora.config import UserError, check
-from relora.runtime.files import sha256_of
+from relora.files import sha256_of
 from relora.train import train
 from tests.tiny import metrics
 

@@ -14,8 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import relora.train as train_module
 from relora.cli import main
-from relora.config import check
+from relora.config import UserError, check
 from relora.runtime.engines import Live
+from relora.runtime.folder import RunFolder
 from relora.train import train
 from tests.tiny import metrics, only
 
@@ -191,6 +192,22 @@ def test_ten_bad_updates_in_a_row_stop_the_run(tiny_run: Settings) -> None:
     status = json.loads((Path(tree["output_dir"]) / "status.json").read_text())
     assert status["status"] == "failed"
     assert "10 in a row" in status["reason"]
+
+
+def test_a_second_process_does_not_train_in_the_same_folder(tiny_run: Settings) -> None:
+    tree = tiny_run()
+    train(check(tree))
+    run = Path(tree["output_dir"])
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    with RunFolder(run).held(), pytest.raises(UserError, match="another process is training"):
+        train(check(tree))
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_report_draws_every_run(run: Path, tmp_path: Path) -> None:
+    assert main(["report", str(run), str(run), "--output", str(tmp_path / "report")]) == 0
+    assert (tmp_path / "report" / "overview.png").stat().st_size > 10_000
+    assert "<td>run</td>" in (tmp_path / "report" / "index.html").read_text()
 
 
 def test_dry_run_writes_nothing(tiny_run: Settings, capsys: pytest.CaptureFixture[str]) -> None:
