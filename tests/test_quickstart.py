@@ -1,6 +1,5 @@
 """The quickstart as a user sees it: what its run must show, and what a run that learns nothing must not."""
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,16 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from relora.runtime.metrics import read_metrics
+from tests import processes
 from tests.runtime.test_export import live_model
 from tests.tiny import only
 
-ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs" / "quickstart.yaml"
+CONFIG = processes.ROOT / "configs" / "quickstart.yaml"
 TIMEOUT_S = 1200
 
 
 def relora(*arguments: str) -> str:
-    command = [sys.executable, "-m", "relora", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=ROOT, check=False)
+    result = processes.run([sys.executable, "-m", "relora", *arguments], timeout_s=TIMEOUT_S)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 

@@ -6,7 +6,7 @@ from torch import nn
 from relora.method.census import Census, census
 from relora.method.lora import LoRAConfig, LoRALinear, lora_layers
 from relora.method.names import canonical, named_parameters
-from relora.method.reinit import Reinit, draw_lora_A
+from relora.method.reinit import Reinit, draw_lora_A, require_reinit
 from relora.method.targets import find_modules, find_targets
 
 
@@ -24,6 +24,7 @@ def inject_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 0, reinit: 
     """
     if lora_layers(model):
         raise ValueError("the model has LoRA layers already; merge_lora(model) takes them out")
+    require_reinit(reinit)
     targets = find_targets(model, config)
     saved = _saved_parameters(model, config, targets)
     for name, parameter in named_parameters(model).items():

@@ -81,7 +81,10 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.lora_B = nn.Parameter(torch.zeros(d_out, config.r, dtype=dtype, device=weight.device))
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        # Beside the module tree, so that the plain layer's parameters are not listed a second time.
+        # The plain layer waits beside the module tree, without parameters: fully_shard replaces those of the
+        # tree, and a second reference would keep the whole weight in memory.
+        plain.register_parameter("weight", None)
+        plain.register_parameter("bias", None)
         self.__dict__["_plain"] = plain
 
     @classmethod
@@ -124,13 +127,15 @@ def lora_delta(A: Tensor, B: Tensor, scale: float, *, transposed: bool) -> Tenso
 @contextmanager
 def _full_precision(device_type: str) -> Iterator[None]:
     """Neither autocast nor TF32: either would round what is merged to 8 or 10 bits."""
-    tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    # Not allow_tf32: reading it raises once anyone has set fp32_precision, and writing it back undoes "medium".
+    matmul = torch.backends.cuda.matmul
+    precision = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
     try:
         with torch.autocast(device_type, enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        matmul.fp32_precision = precision
 
 
 def is_conv1d(module: nn.Module) -> bool:

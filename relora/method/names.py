@@ -4,14 +4,12 @@ from torch import nn
 
 # DistributedDataParallel and DeepSpeed put "module." in front; the others may stand anywhere.
 _LEADING = "module."
-_ANYWHERE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_ANYWHERE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
 def canonical(name: str) -> str:
     """`name` without the prefixes of torch.compile, DDP, FSDP, activation checkpointing and DeepSpeed."""
-    for wrapper in _ANYWHERE:
-        name = name.replace(wrapper, "")
-    return name.removeprefix(_LEADING)
+    return ".".join(part for part in name.split(".") if part not in _ANYWHERE).removeprefix(_LEADING)
 
 
 def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

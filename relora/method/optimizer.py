@@ -86,9 +86,10 @@ def reset_state(
 ) -> tuple[int, int]:
     """Reset the moments of one LoRA factor.
 
-    `zero` sets moments and step count to zero. `magnitude` sets the floor(prune_ratio * n) smallest entries
-    of each moment to zero, `random` as many drawn ones, the same in all moments (a first moment that outlives
-    its second would be divided by almost nothing); both keep the step count. `keep` does nothing.
+    `zero` sets moments and step count to zero. `magnitude` sets floor(prune_ratio * n) entries of each moment
+    to zero, those where the first moment is smallest, `random` as many drawn ones; both keep the step count.
+    `keep` does nothing. The entries are the same in all moments: a first moment that outlives its second would
+    be divided by epsilon, since the gradient of A is zero in the first update after a restart.
 
     Returns:
         (entries that are zero afterwards, entries), read back and summed over the moments.
@@ -100,8 +101,10 @@ def reset_state(
         "keep": lambda values: torch.zeros_like(values, dtype=torch.bool),
     }
     slots = store.slots(optimizer, parameter)
+    if slots:
+        mask = pruned[mode](slots[min(slots)])  # exp_avg, in whatever order a checkpoint brought them back
     for slot, values in slots.items():
-        store.write_slot(optimizer, parameter, slot, values.masked_fill(pruned[mode](values), 0))
+        store.write_slot(optimizer, parameter, slot, values.masked_fill(mask, 0))
     if mode == "zero":
         store.reset_step(optimizer, parameter)
     after = store.slots(optimizer, parameter).values()

@@ -6,7 +6,7 @@ product with the other.
 
 import hashlib
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -30,10 +30,15 @@ def draw_lora_A(r: int, d_in: int, *, reinit: Reinit, seed: int, index: int, nam
     Args:
         name: canonical name of the wrapped layer, part of the key.
     """
+    require_reinit(reinit)
     generator = keyed_generator(seed, index, "lora_A", name)
     A = torch.empty(r, d_in, dtype=torch.float32)
     if reinit == "kaiming":
         return torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-    if reinit == "orthogonal":
-        return torch.nn.init.orthogonal_(A, gain=math.sqrt(1 / 3), generator=generator)
-    raise ValueError(f"reinit must be kaiming or orthogonal, not {reinit!r}")
+    return torch.nn.init.orthogonal_(A, gain=math.sqrt(1 / 3), generator=generator)
+
+
+def require_reinit(reinit: str) -> None:
+    """ValueError for a name that is none of ours; asked before a model is touched."""
+    if reinit not in get_args(Reinit):
+        raise ValueError(f"reinit must be one of {get_args(Reinit)}, not {reinit!r}")

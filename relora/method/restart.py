@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from relora.method.lora import LoRALinear, lora_delta, lora_layers
 from relora.method.optimizer import OptimizerReset, prune_generator, require_state, reset_state
-from relora.method.reinit import Reinit, draw_lora_A
+from relora.method.reinit import Reinit, draw_lora_A, require_reinit
 from relora.method.spectrum import effective_rank, factor_singular_values
 from relora.method.store import Store, TorchStore
 
@@ -64,10 +64,11 @@ def restart(
     """
     layers = lora_layers(model)
     _check(layers, index, optimizer_reset, prune_ratio)
+    require_reinit(reinit)
     store = store or TorchStore()
     factors = {f"{name}.{which}": getattr(layer, which) for name, layer in layers.items() for which in FACTORS}
-    for layer in layers.values():
-        store.read(layer.weight)
+    for parameter in (*(layer.weight for layer in layers.values()), *factors.values()):
+        store.read(parameter)
     if optimizer_reset != "keep":
         require_state(optimizer, factors, store)
 

@@ -17,7 +17,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
 
     Raises:
         ValueError: nothing matches (the candidates are listed), the rank exceeds a layer, a weight is tied
-            to another parameter. All that is wrong is told at once.
+            to another parameter. All that is wrong is told at once, a line each.
     """
     linear = {name: module for name, module in model.named_modules() if is_linear(module)}
     saved = config.modules_to_save
@@ -29,12 +29,13 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     ]
     if not wanted:
         raise ValueError(
-            f"target_modules = {config.target_modules!r} matches no linear layer; candidates: "
+            f"target_modules = {config.target_modules!r} matches no linear layer"
+            f"{' outside of modules_to_save' if kept else ''}; candidates: "
             f"{', '.join(last_parts(linear)) or 'none, the model has no nn.Linear or Conv1D'}"
         )
-    problems = _too_small(linear, wanted, config.r) + _tied(model, wanted)
+    problems = _idle(linear, config.target_modules) + _too_small(linear, wanted, config.r) + _tied(model, wanted)
     if problems:
-        raise ValueError("; ".join(problems))
+        raise ValueError("\n".join(problems))
     return wanted
 
 
@@ -75,6 +76,15 @@ def _output_head(model: nn.Module) -> object:
     return get_head() if get_head is not None else None
 
 
+def _idle(linear: dict[str, nn.Module], target_modules: str | Iterable[str]) -> list[str]:
+    """A list entry that stands for no linear layer: a typing error, or an architecture that names it otherwise."""
+    targets = [] if isinstance(target_modules, str) else target_modules
+    idle = [target for target in targets if not any(_is_suffix(target, name) for name in linear)]
+    if not idle:
+        return []
+    return [f"target_modules = {idle} matches no linear layer; candidates: {', '.join(last_parts(linear))}"]
+
+
 def _too_small(linear: dict[str, nn.Module], wanted: list[str], r: int) -> list[str]:
     shapes = {name: tuple(cast(nn.Parameter, linear[name].weight).shape) for name in wanted}
     small = [f"{name} {shape}" for name, shape in shapes.items() if r > min(shape)]
@@ -85,7 +95,7 @@ def _tied(model: nn.Module, wanted: list[str]) -> list[str]:
     names = tied_names(model)
     shared = {name: names[id(model.get_submodule(name).weight)] for name in wanted}
     return [
-        f"target_modules: {name} is tied ({', '.join(ties)}) and wrapping it would break the tie"
+        f"target_modules: {name} is tied ({', '.join(ties)}), and wrapping it would break the tie"
         for name, ties in shared.items()
         if len(ties) > 1
     ]

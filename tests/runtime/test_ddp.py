@@ -13,17 +13,14 @@ from safetensors.torch import load_file
 
 from relora.config import check
 from relora.train import train
+from tests.processes import run
 from tests.tiny import metrics, only
-
-ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 180
 
 
 def launch(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     """`accelerate launch --config_file launch/cpu_ddp.yaml -m relora train`, no environment variable set."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch/cpu_ddp.yaml")]
-    command = [*launcher, "--main_process_port", "0", "-m", "relora", "train", str(config), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, cwd=ROOT, check=False)
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu_ddp.yaml"]
+    return run([*launcher, "--main_process_port", "0", "-m", "relora", "train", str(config), *overrides])
 
 
 def written(tree: dict[str, Any], folder: Path) -> Path:
@@ -106,13 +103,6 @@ def test_another_world_size_than_wanted_is_refused(tiny_run: Callable[..., dict[
 
 
 def test_nan_on_one_rank_skips_the_update_everywhere() -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, "-m", "tests.runtime.nan_on_rank_1"],
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        cwd=ROOT,
-        check=False,
-    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = run([*launcher, "-m", "tests.runtime.nan_on_rank_1"])
     assert result.stdout.count("rank skipped and unchanged, then updated") == 2, result.stderr[-3000:]

@@ -1,0 +1,166 @@
+"""The learning rate against a table made step by step, and the restarts against counting."""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pytest
+
+from relora import lr_multiplier
+from relora.method.schedule import last_restart, restart_due, restarts_done, stage
+
+
+@dataclass(frozen=True)
+class Shape:
+    max_steps: int = 40
+    warmup_steps: int = 5
+    restart_every: int | None = 8
+    restart_warmup_steps: int = 3
+    min_lr_ratio: float = 0.1
+    warm_start_steps: int = 0
+
+
+SHAPES = {
+    "plain": Shape(),
+    "warm start": Shape(warm_start_steps=10),
+    "no warm-up": Shape(warmup_steps=0),
+    "no warm-up at all": Shape(warmup_steps=0, restart_warmup_steps=0),
+    "no re-warm-up": Shape(restart_warmup_steps=0, warm_start_steps=6),
+    "re-warm-up of one": Shape(restart_warmup_steps=1, warm_start_steps=6),
+    "switch during the warm-up": Shape(warmup_steps=12, warm_start_steps=4, restart_every=5),
+    "re-warm-up ends where the warm-up ends": Shape(warmup_steps=12, warm_start_steps=9),
+    "switch at the end of the warm-up": Shape(warmup_steps=10, warm_start_steps=10),
+    "warm start of one": Shape(warm_start_steps=1),
+    "restart in the last update": Shape(max_steps=41, restart_every=10, restart_warmup_steps=10),
+    "restart at the end does not come": Shape(max_steps=40, restart_every=10),
+    "re-warm-up past the end": Shape(max_steps=39, restart_every=12, restart_warmup_steps=7),
+    "re-warm-up all the time": Shape(restart_every=6, restart_warmup_steps=6, warm_start_steps=3),
+    "restart every update": Shape(restart_every=1, restart_warmup_steps=1, warm_start_steps=2),
+    "restart every update, no re-warm-up": Shape(restart_every=1, restart_warmup_steps=0),
+    "no restarts": Shape(restart_every=None),
+    "lora: a switch and no restarts": Shape(restart_every=None, warm_start_steps=10),
+    "first restart past the end": Shape(restart_every=100, restart_warmup_steps=50, warm_start_steps=3),
+    "warm start to the last update": Shape(warm_start_steps=39),
+    "to zero": Shape(min_lr_ratio=0.0),
+    "constant": Shape(min_lr_ratio=1.0, warm_start_steps=7),
+    "warm-up until the last update": Shape(warmup_steps=39, restart_every=None),
+    "one update": Shape(max_steps=1, warmup_steps=0, restart_every=None),
+    "the paper's": Shape(20_000, 500, 5000, 100, 0.1, 5000),
+    "odd numbers": Shape(997, 13, 101, 17, 0.037, 211),
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+
+
+def base(t: int, shape: Shape) -> float:
+    """base(t) of DESIGN section 4."""
+    T, W, q = shape.max_steps, shape.warmup_steps, shape.min_lr_ratio
+    if t < W:
+        return (t + 1) / W
+    if t < T:
+        return q + (1 - q) * (1 + math.cos(math.pi * (t - W) / (T - W))) / 2
+    return q
+
+
+def starts(shape: Shape) -> list[int]:
+    """The steps that are followed by a re-warm-up: the switch, and every restart before the end."""
+    ws, every = shape.warm_start_steps, shape.restart_every
+    restarts = list(range(ws + every, shape.max_steps, every)) if every else []
+    return [ws, *restarts] if ws else restarts
+
+
+def table(shape: Shape, num_steps: int) -> list[float]:
+    """m(t) for t < num_steps: the base, overwritten from each start on by its climb."""
+    R = shape.restart_warmup_steps
+    m = {t: base(t, shape) for t in range(num_steps)}
+    for s in starts(shape):
+        for climbed in range(R):
+            m[s + climbed] = base(s + R, shape) * (climbed + 1) / R
+    return [m[t] for t in range(num_steps)]
+
+
+@every_shape
+def test_lr_multiplier_is_the_pinned_formula(shape: Shape) -> None:
+    num_steps = shape.max_steps + 20
+    computed = [lr_multiplier(t, **asdict(shape)) for t in range(num_steps)]
+    assert computed == pytest.approx(table(shape, num_steps), rel=1e-12, abs=1e-15)
+
+
+def test_lr_multiplier_by_hand() -> None:
+    shape = Shape(12, 2, 4, 2, 0.2, 2)
+    # Warm-up to 1/2, 1; the switch at 2; restarts at 6 and 10.
+    b = [0.2 + 0.4 * (1 + math.cos(math.pi * k / 10)) for k in range(11)]
+    expected = [0.5, 1.0, b[2] / 2, b[2], b[2], b[3], b[6] / 2, b[6], b[6], b[7], 0.1, 0.2, 0.2, 0.2]
+    assert [lr_multiplier(t, **asdict(shape)) for t in range(14)] == pytest.approx(expected, abs=1e-15)
+
+
+@every_shape
+def test_the_climb_joins_the_base_without_a_step(shape: Shape) -> None:
+    R = shape.restart_warmup_steps
+    for s in starts(shape):
+        if R:
+            peak = lr_multiplier(s + R - 1, **asdict(shape))
+            assert peak == pytest.approx(base(s + R, shape))
+            assert lr_multiplier(s, **asdict(shape)) == pytest.approx(peak / R)
+
+
+@every_shape
+def test_restarts_counted_step_by_step(shape: Shape) -> None:
+    where: dict[str, Any] = {
+        "max_steps": shape.max_steps,
+        "restart_every": shape.restart_every,
+        "warm_start_steps": shape.warm_start_steps,
+    }
+    ws = shape.warm_start_steps
+    expected = [s for s in starts(shape) if s != ws]
+    steps = range(shape.max_steps + 20)
+    assert [t for t in steps if restart_due(t, **where)] == expected
+    for t in steps:
+        assert restarts_done(t, **where) == sum(s <= t for s in expected)
+        assert last_restart(t, **where) == max((s for s in starts(shape) if s <= t), default=None)
+
+
+@every_shape
+def test_stages_and_restarts_agree(shape: Shape) -> None:
+    ws = shape.warm_start_steps
+    names = [stage(t, warm_start_steps=ws) for t in range(shape.max_steps)]
+    assert names == ["warm_start"] * ws + ["relora"] * (shape.max_steps - ws)
+    for t, name in enumerate(names):
+        due = restart_due(t, max_steps=shape.max_steps, restart_every=shape.restart_every, warm_start_steps=ws)
+        assert not (due and name == "warm_start")
+
+
+def test_a_run_without_restarts_never_restarts() -> None:
+    assert not any(restart_due(t, max_steps=50, restart_every=None) for t in range(60))
+    assert restarts_done(49, max_steps=50, restart_every=None) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"restart_every": 2}, "restart_every must be .* restart_warmup_steps=3, not 2"),
+        ({"restart_every": 0, "restart_warmup_steps": 0}, "restart_every must be >= 1 .*, not 0"),
+        ({"restart_every": -1, "restart_warmup_steps": 0}, "restart_every .* not -1"),
+        ({"warmup_steps": 40}, r"warmup_steps must be in \[0, max_steps=40\), not 40"),
+        ({"warmup_steps": -1}, "warmup_steps .* not -1"),
+        ({"max_steps": 0, "warmup_steps": 0}, "max_steps=0"),
+        ({"restart_warmup_steps": -1}, "restart_warmup_steps must be >= 0, not -1"),
+        ({"min_lr_ratio": 1.01}, "min_lr_ratio .* not 1.01"),
+        ({"min_lr_ratio": -0.1}, "min_lr_ratio .* not -0.1"),
+        ({"min_lr_ratio": math.nan}, "min_lr_ratio .* not nan"),
+        ({"warm_start_steps": -1}, "warm_start_steps must be >= 0, not -1"),
+    ],
+)
+def test_impossible_shapes_are_refused_at_every_step(changes: dict[str, Any], message: str) -> None:
+    for t in (0, 7, 39, 50):
+        with pytest.raises(ValueError, match=message):
+            lr_multiplier(t, **{**asdict(Shape()), **changes})
+
+
+def test_a_negative_step_is_refused() -> None:
+    with pytest.raises(ValueError, match="step must be >= 0, not -1"):
+        lr_multiplier(-1, **asdict(Shape()))
+
+
+def test_all_that_is_wrong_is_told_at_once() -> None:
+    with pytest.raises(ValueError, match=r"(?s)warmup_steps.*min_lr_ratio.*restart_every"):
+        lr_multiplier(0, **{**asdict(Shape()), "warmup_steps": -1, "min_lr_ratio": 2, "restart_every": 1})
