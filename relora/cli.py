@@ -12,7 +12,7 @@ EXIT_USER_ERROR = 2
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, or 2 after a mistake of the user."""
-    options = _parser().parse_args(arguments)
+    options = _read(_parser(), arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         options.run(options)
@@ -21,6 +21,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"relora: {problem}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
+
+
+def _read(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options of a command; overrides may stand before and after flags, which argparse alone refuses."""
+    options, rest = parser.parse_known_args(arguments)
+    if any(word.startswith("-") for word in rest) or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,9 +4,8 @@ Mistakes are told phase by phase, all of a phase at once: the configuration (at 
 launch, the model, the tokenizer and the data.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from relora.config import Config, ModelSection, UserError, raise_if_any
 from relora.config.derived import Plan, accumulation_steps, fingerprint, identity, lora_config
+from relora.config.messages import shown
+from relora.config.problems import folder_problems
 from relora.data import PreparedData, check_amount, check_files, prepare
 from relora.method.census import census
 from relora.method.inject import inject_lora
-from relora.model import load_hf_config, model_problems, skeleton
+from relora.method.targets import find_modules, find_targets
+from relora.model import load_hf_config, model_problems, refusal, said_of, skeleton
 from relora.runtime.engines import is_first_on_node, launched_world_size, refused_launches
+from relora.runtime.engines.base import check_world
 from relora.runtime.folder import RunFolder, same_run_problems
 from relora.runtime.restore import complete_checkpoints, open_checkpoint, read_manifest, verify_checkpoint
 from relora.runtime.state import State
@@ -60,23 +63,36 @@ def open_job(config: Config, *, extend: bool = False) -> Job:
         UserError: all mistakes of the first phase that has any.
     """
     folder = RunFolder(Path(config.output_dir))
-    hf_config = check_surroundings(config, folder, extend=extend)
+    hf_config = check_surroundings(config, folder, extend=extend, problems=launch_problems(config))
     raise_if_any(check_model(config, hf_config))
     data = prepare_data(config, hf_config)
     raise_if_any(check_amount(data, config.data))
     return Job(config, hf_config, data, folder, run_identity(config, hf_config))
 
 
-def check_surroundings(config: Config, folder: RunFolder, *, extend: bool) -> PretrainedConfig:
-    """Launch, files, run folder; returns the Hugging Face config of the model."""
-    found: list[PretrainedConfig] = []
-    problems = [
+def launch_problems(config: Config) -> list[str]:
+    """What is wrong with the processes that the launcher started."""
+    world_size = launched_world_size()
+    return [
         *refused_launches(),
-        *_problems_of(partial(accumulation_steps, config, launched_world_size())),
+        *_problems_of(lambda: check_world(world_size, config.training.num_processes)),
+        *_problems_of(lambda: accumulation_steps(config, world_size)),
+    ]
+
+
+def check_surroundings(
+    config: Config, folder: RunFolder, *, extend: bool, problems: Sequence[str] = ()
+) -> PretrainedConfig:
+    """Files and run folder, beside `problems` of the same phase; returns the Hugging Face config of the model."""
+    found: list[PretrainedConfig] = []
+    in_the_way = folder_problems(f"output_dir = {config.output_dir}", config.output_dir)
+    problems = [
+        *problems,
+        *in_the_way,
         *check_files(config.data),
         *_problems_of(lambda: found.append(load_hf_config(config.model))),
     ]
-    if found:
+    if found and not in_the_way:
         run = run_identity(config, found[0])
         problems += _problems_of(lambda: raise_if_any(same_run_problems(folder, run, extend=extend)))
     raise_if_any(problems)
@@ -85,15 +101,45 @@ def check_surroundings(config: Config, folder: RunFolder, *, extend: bool) -> Pr
 
 def check_model(config: Config, hf_config: PretrainedConfig) -> list[str]:
     """What does not fit the model: its positions, the targets, what would stay frozen and random for ever."""
-    model = skeleton(config.model, hf_config)
-    problems = model_problems(hf_config, config.data.sequence_length)
     try:
-        frozen = _frozen_for_good(config, model)
-    except ValueError as error:
-        return [*problems, f"lora.{error}"]
-    if frozen and config.model.name_or_path is None:
-        problems.append(_random_for_ever(frozen))
-    return problems
+        model = skeleton(config.model, hf_config)
+    except Exception as error:  # each architecture raises as it pleases
+        return [building_problem(config.model, hf_config, error)]
+    problems = model_problems(model, config.data)
+    untrained = trainable_problems(config, model) if config.training.method == "full" else lora_problems(config, model)
+    return [*problems, *untrained]
+
+
+def building_problem(section: ModelSection, hf_config: PretrainedConfig, error: Exception) -> str:
+    """Why the model cannot be built: for its attention kernel, if it can be built with another."""
+    try:
+        skeleton(section.model_copy(update={"attn_implementation": "eager"}), hf_config)
+    except Exception:
+        return f"{said_of(section)}: transformers cannot build the model: {refusal(error)}"
+    return (
+        f"model.attn_implementation = {section.attn_implementation}: cannot be used here, eager can: {refusal(error)}"
+    )
+
+
+def trainable_problems(config: Config, model: PreTrainedModel) -> list[str]:
+    """Method full: what training.trainable leaves out, or cannot find. Freezes parameters of `model`."""
+    found = _problems_of(lambda: freeze_untrained(model, config.training.trainable))
+    return found or _random_for_ever(config, model, "training.trainable", config.training.trainable)
+
+
+def lora_problems(config: Config, model: PreTrainedModel) -> list[str]:
+    """What cannot be wrapped or saved, or would never be trained. Wraps the layers of `model`."""
+    lora = lora_config(config)
+    saved = lora.modules_to_save
+    unknown = _problems_of(lambda: find_modules(model, saved)) if saved and saved != "rest" else []
+    findable = replace(lora, modules_to_save=None) if unknown else lora
+    found = [*unknown, *_problems_of(lambda: find_targets(model, findable))]
+    if found:
+        return [f"lora.{problem}" for problem in found]
+    inject_lora(model, lora)
+    if config.relora.warm_start_steps:
+        return []  # the warm start trains every parameter
+    return _random_for_ever(config, model, "lora.modules_to_save", config.lora.modules_to_save)
 
 
 def prepare_data(config: Config, hf_config: PretrainedConfig) -> PreparedData:
@@ -132,21 +178,15 @@ def run_identity(config: Config, hf_config: PretrainedConfig) -> dict[str, Any]:
     return identity(config, settings)
 
 
-def _frozen_for_good(config: Config, model: PreTrainedModel) -> list[str]:
-    """Names of the parameters that no update will ever reach."""
-    if config.training.method == "full":
-        freeze_untrained(model, config.training.trainable)
-        return census(model).frozen_names
-    frozen = inject_lora(model, lora_config(config)).frozen_names
-    return frozen if config.relora.warm_start_steps == 0 else []
-
-
-def _random_for_ever(names: list[str]) -> str:
-    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
-    return (
-        f"lora.modules_to_save, training.trainable: {len(names)} parameters would keep their random values for ever, "
-        f"frozen and neither wrapped nor pretrained: {shown}"
-    )
+def _random_for_ever(config: Config, model: PreTrainedModel, key: str, value: Any) -> list[str]:
+    names = census(model).frozen_names
+    if not names or config.model.name_or_path is not None:
+        return []
+    shown_names = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return [
+        f"{key} = {shown(value)}: {len(names)} parameters would keep their random values for ever, "
+        f"frozen and neither wrapped nor pretrained: {shown_names}"
+    ]
 
 
 def _problems_of(check: Callable[[], object]) -> list[str]:
@@ -156,5 +196,5 @@ def _problems_of(check: Callable[[], object]) -> list[str]:
     except UserError as error:
         return error.problems
     except ValueError as error:
-        return [str(error)]
+        return str(error).splitlines()
     return []

@@ -1,17 +1,20 @@
 """The Hugging Face causal language model: its config, its building, its loss."""
 
 import copy
+import difflib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from relora.config import ModelSection, UserError
+from relora.config import DataSection, ModelSection, UserError, raise_if_any
 
 IGNORED_LABEL = -100
 
@@ -22,31 +25,35 @@ def load_hf_config(section: ModelSection) -> PretrainedConfig:
     Raises:
         UserError: no such file or folder, not JSON, an unknown model_type, a value that transformers refuses.
     """
-    if section.name_or_path is not None:
-        return _pretrained_config(section, section.name_or_path)
-    mapping = _read_json(section.config) if isinstance(section.config, str) else dict(section.config or {})
-    said = f"model.config = {section.config}" if isinstance(section.config, str) else "model.config"
-    model_type = mapping.pop("model_type", None)
-    if not isinstance(model_type, str):
-        raise UserError([f"{said}: needs model_type, the name of the architecture in transformers, such as llama"])
-    try:
-        config: PretrainedConfig = AutoConfig.for_model(model_type, **mapping)
-    except ValueError as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError([f"{said}: transformers refuses it for model_type {model_type} ({reason})"]) from None
-    except Exception as error:
-        raise UserError([f"{said}: transformers refuses it ({type(error).__name__}: {error})"]) from None
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UserError([f"{said}: model_type {model_type} has no causal language model in transformers"])
+    config = _config_from_scratch(section) if section.name_or_path is None else _pretrained_config(section)
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
+        reason = f"model_type {config.model_type} has no causal language model in transformers"
+        raise UserError([f"{said_of(section)}: {reason}"])
     return config
 
 
-def model_problems(hf_config: PretrainedConfig, sequence_length: int) -> list[str]:
-    """What of the rest of the configuration does not fit the model."""
-    limit = getattr(hf_config, "max_position_embeddings", None)
-    if limit is None or sequence_length <= limit:
-        return []
-    return [f"data.sequence_length = {sequence_length}: the model has max_position_embeddings = {limit}"]
+def said_of(section: ModelSection) -> str:
+    """The key that the model comes from, with its value where that is short."""
+    if section.name_or_path is not None:
+        return f"model.name_or_path = {section.name_or_path}"
+    return f"model.config = {section.config}" if isinstance(section.config, str) else "model.config"
+
+
+def model_problems(model: PreTrainedModel, data: DataSection) -> list[str]:
+    """What of the data's settings does not fit the model."""
+    problems = []
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None and data.sequence_length > limit:
+        problems.append(
+            f"data.sequence_length = {data.sequence_length}: the model has max_position_embeddings = {limit}"
+        )
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    if data.document_mask and not (takes_positions and not getattr(model.config, "alibi", False)):
+        problems.append(
+            f"data.document_mask = true: {type(model).__name__} takes no positions, by which documents are told apart"
+        )
+    return problems
 
 
 def skeleton(section: ModelSection, hf_config: PretrainedConfig) -> PreTrainedModel:
@@ -128,15 +135,63 @@ def keeps_documents_apart(model: nn.Module, vocab_size: int) -> bool:
     return torch.allclose(logits[0][:, first:], logits[1][:, first:], atol=1e-5)
 
 
-def _pretrained_config(section: ModelSection, name: str) -> PretrainedConfig:
+def _pretrained_config(section: ModelSection) -> PretrainedConfig:
+    name = str(section.name_or_path)
+    path = Path(name).expanduser()
+    if looks_like_a_path(name) and not path.exists():
+        raise UserError([f"{said_of(section)}: there is no such folder"])
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             name, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
-    except Exception as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError([f"model.name_or_path = {name}: no model can be loaded from it ({reason})"]) from None
+    except Exception as error:  # whatever a model's own code may raise
+        where = "" if path.exists() else "no such folder here, and none can be loaded from the hub: "
+        raise UserError([f"{said_of(section)}: {where}{refusal(error)}"]) from None
+    if path.is_dir() and not any(match for pattern in ("*.safetensors*", "*.bin*") for match in path.glob(pattern)):
+        raise UserError([f"{said_of(section)}: the folder holds no weights (model.safetensors)"])
     return config
+
+
+def looks_like_a_path(name: str) -> bool:
+    """Whether this cannot be a hub id, which would be asked for over the network."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _config_from_scratch(section: ModelSection) -> PretrainedConfig:
+    said = said_of(section)
+    mapping = _read_json(section.config) if isinstance(section.config, str) else dict(section.config or {})
+    model_type = mapping.pop("model_type", None)
+    if not isinstance(model_type, str):
+        raise UserError([f"{said}: needs model_type, the name of the architecture in transformers, such as llama"])
+    if model_type not in CONFIG_MAPPING:
+        close = difflib.get_close_matches(model_type, CONFIG_MAPPING.keys(), n=1)
+        hint = f"; the nearest is {close[0]}" if close else ""
+        raise UserError(
+            [f"{said}: model_type {model_type} is unknown to transformers {transformers.__version__}{hint}"]
+        )
+    try:
+        default = AutoConfig.for_model(model_type)
+        config: PretrainedConfig = AutoConfig.for_model(model_type, **mapping)
+    except Exception as error:  # each architecture raises as it pleases
+        raise UserError([f"{said}: transformers refuses it for model_type {model_type}: {refusal(error)}"]) from None
+    raise_if_any(f"{said}: unknown key {key}; the nearest is {near}" for key, near in _misspelt(mapping, default))
+    return config
+
+
+def _misspelt(mapping: Mapping[str, Any], default: PretrainedConfig) -> list[tuple[str, str]]:
+    """Unknown keys, which transformers takes in silence, each with the known one that is nearly the same.
+
+    Others are left alone: files from the hub carry keys of other versions and of other programs.
+    """
+    known = [*default.to_dict(), *default.attribute_map]
+    unknown = [key for key in mapping if not hasattr(default, key)]
+    return [(key, near) for key in unknown for near in difflib.get_close_matches(key, known, n=1, cutoff=0.9)]
+
+
+def refusal(error: Exception) -> str:
+    """What a library has against its input, in a line of bounded length."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300] if lines else type(error).__name__
 
 
 def _read_json(path: str) -> dict[str, Any]:
@@ -147,5 +202,5 @@ def _read_json(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError([f"model.config = {path}: is not a readable JSON file ({error})"]) from None
     if not isinstance(mapping, dict):
-        raise UserError([f"model.config = {path}: must hold a JSON mapping, not {type(mapping).__name__}"])
+        raise UserError([f"model.config = {path}: must hold a JSON mapping, not a {type(mapping).__name__}"])
     return mapping

@@ -1,13 +1,14 @@
 """What a user got wrong, one line a problem."""
 
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
-    """Mistakes of the user, all those of one phase together. The command ends with exit code 2."""
+    """Mistakes of the user, all those of one phase together, a line each. The command ends with exit code 2."""
 
     def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = list(problems)
+        self.problems = [" ".join(part.strip() for part in problem.splitlines()) for problem in problems]
         super().__init__("\n".join(self.problems))
 
 
@@ -16,3 +17,11 @@ def raise_if_any(problems: Iterable[str]) -> None:
     found = list(problems)
     if found:
         raise UserError(found)
+
+
+def folder_problems(said: str, path: str) -> list[str]:
+    """Why no folder can be made at `path`, which the user gave as `said`: a file is in the way."""
+    nearest = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
+    if nearest.is_dir():
+        return []
+    return [f"{said}: is a file" if nearest == Path(path) else f"{said}: {nearest} is a file, not a folder"]

@@ -1,6 +1,7 @@
 """YAML as people expect it: 1e-3 is a number, `no` is a word, a key stands once.
 
-PyYAML follows YAML 1.1, where 1e-3 is a string and `no` is false; YAML 1.2 mended both.
+PyYAML follows YAML 1.1, where 1e-3 is a string, `no` is false, 010 is eight and 2024-01-01 is no text; YAML 1.2
+mended all of it. The keys of mappings are texts, as in JSON.
 """
 
 import re
@@ -8,44 +9,75 @@ from typing import Any
 
 import yaml
 
+_TAG = "tag:yaml.org,2002:"
+_REPLACED = {f"{_TAG}{kind}" for kind in ("bool", "float", "int", "timestamp", "value")}
+_BASES = {"0o": 8, "0x": 16}
+_SCALARS = [  # YAML 1.2, section 10.3.2: tag, pattern, what it may begin with
+    ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("int", r"(?:[-+]?[0-9]+(?:_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+)$", "-+0123456789"),
+    (
+        "float",
+        r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN))$",
+        "-+.0123456789",
+    ),
+]
+
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's numbers and booleans; duplicate keys are errors."""
+    """SafeLoader with YAML 1.2's numbers and booleans; keys are texts, and duplicates are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        words = [key.value for key in keys]
+        twice = sorted({word for word in words if words.count(word) > 1})
         if twice:
             raise yaml.constructor.ConstructorError(
                 None, None, f"these keys stand more than once: {', '.join(twice)}", node.start_mark
             )
+        for key in keys:
+            if key.tag != f"{_TAG}merge":
+                key.tag = f"{_TAG}str"
         return super().construct_mapping(node, deep)
 
+    def construct_int(self, node: yaml.ScalarNode) -> int:
+        word = self.construct_scalar(node)
+        return int(word, _BASES.get(word[:2], 10))
 
-def _rules() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    replaced = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float", "tag:yaml.org,2002:int")
+
+class Dumper(yaml.SafeDumper):
+    """SafeDumper whose plain words are read back by `Loader` as what they were; each text in one line."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        return self.represent_scalar(f"{_TAG}str", text, style='"' if "\n" in text else None)
+
+
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
     kept = {
-        first: [(tag, pattern) for tag, pattern in rules if tag not in replaced]
+        first: [(tag, pattern) for tag, pattern in rules if tag not in _REPLACED]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    own = [
-        ("tag:yaml.org,2002:bool", r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
-        ("tag:yaml.org,2002:int", r"[-+]?[0-9]+(?:_[0-9]+)*$", "-+0123456789"),
-        (
-            "tag:yaml.org,2002:float",
-            r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN))$",
-            "-+.0123456789",
-        ),
-    ]
-    for tag, pattern, firsts in own:
+    for kind, pattern, firsts in _SCALARS:
         for first in firsts:
-            kept.setdefault(first, []).append((tag, re.compile(pattern)))
+            kept.setdefault(first, []).append((f"{_TAG}{kind}", re.compile(pattern)))
     return kept
 
 
-Loader.yaml_implicit_resolvers = _rules()
+Loader.yaml_implicit_resolvers = Dumper.yaml_implicit_resolvers = _resolvers()
+Loader.add_constructor(f"{_TAG}int", Loader.construct_int)
+Dumper.add_representer(str, Dumper.represent_text)
 
 
 def parse(text: str) -> Any:
     """The value of a YAML text. Raises `yaml.YAMLError`."""
     return yaml.load(text, Loader=Loader)
+
+
+def dump(value: Any) -> str:
+    """`value` as a YAML text that `parse` reads back."""
+    return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True)
+
+
+def inline(value: Any) -> str:
+    """`value` in one line, as it would stand in a YAML file."""
+    text = yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=10**9)
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 
-from relora.config import UserError
+from relora.config import UserError, raise_if_any
+from relora.config.problems import folder_problems
 from relora.runtime.export import export_model, model_card
 from relora.runtime.folder import RunFolder
 from relora.tools.models import find_checkpoint, load_run
@@ -21,8 +22,11 @@ def export(run: str, output: str, *, dtype: str, step: int | None) -> None:
     folder, target = RunFolder(Path(run)), Path(output)
     if not folder.is_run:
         raise UserError([f"{run}: is not a run folder (it has no config.yaml)"])
-    if target.exists():
-        raise UserError([f"--output {output}: exists already; nothing is overwritten"])
+    raise_if_any(
+        [f"--output {output}: exists already; nothing is overwritten"]
+        if target.exists()
+        else folder_problems(f"--output {output}", output)
+    )
     checkpoint = find_checkpoint(folder, step)
     model, tokenizer = load_run(folder, step)
     results = {"run": folder.path.name, "checkpoint": checkpoint.name, "dtype": dtype}

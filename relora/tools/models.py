@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from relora.config import Config, UserError, load_config
 from relora.config.derived import lora_config
-from relora.model import load_hf_config
+from relora.model import load_hf_config, looks_like_a_path, refusal
 from relora.runtime.folder import RunFolder
 from relora.runtime.rebuild import merged_model
 from relora.runtime.restore import complete_checkpoints, open_checkpoint, verify_checkpoint
@@ -58,9 +58,11 @@ def run_of(run_or_model: str) -> Config | None:
 
 
 def _load_plain(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if not Path(name).is_dir() and (Path(name).exists() or looks_like_a_path(name)):
+        raise UserError([f"{name}: there is no such folder"])
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         return model, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0][:200]
+    except Exception as error:  # whatever a model's own code may raise
+        reason = refusal(error) if Path(name).exists() else f"there is no such folder; {refusal(error)}"
         raise UserError([f"{name}: neither a run folder nor a model that transformers can load ({reason})"]) from None

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from relora.config import UserError
+from relora.config import UserError, raise_if_any
+from relora.config.problems import folder_problems
 from relora.files import write_text
 from relora.runtime.folder import RunFolder
 from relora.runtime.metrics import read_metrics
@@ -22,8 +23,12 @@ def report(runs: Sequence[str], output: str | None) -> None:
     """
     if not has_matplotlib():
         raise UserError([f"report: needs matplotlib; {INSTALL}"])
-    lines = {RunFolder(Path(run)).path.name: _lines(run) for run in runs}
     folder = Path(output) if output is not None else Path(runs[0]) / "report"
+    found = {run: _lines(run) for run in runs}
+    without = [f"{run}: is not a run folder with metrics" for run, held in found.items() if not held]
+    raise_if_any([*without, *folder_problems(f"--output {folder}", str(folder))])
+    names = [Path(run).resolve().name for run in found]
+    lines = {name if names.count(name) == 1 else run: found[run] for run, name in zip(found, names, strict=True)}
     folder.mkdir(parents=True, exist_ok=True)
     draw(lines, folder / "overview.png")
     write_text(folder / "index.html", _page(lines))
@@ -67,10 +72,7 @@ def _curve(axis: Any, lines: Lines, key: str, **style: Any) -> None:
 
 def _lines(run: str) -> Lines:
     folder = RunFolder(Path(run))
-    lines = read_metrics(folder.metrics) if folder.is_run else []
-    if not lines:
-        raise UserError([f"{run}: is not a run folder with metrics"])
-    return lines
+    return read_metrics(folder.metrics) if folder.is_run else []
 
 
 def _page(runs: dict[str, Lines]) -> str:
