@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-import yaml
-
+from relora.config import UserError
 from relora.config.derived import lora_config
+from relora.config.yaml12 import dump
 from relora.data import unigram_entropy
 from relora.job import Job
 from relora.runtime.export import export_model, model_card
@@ -18,8 +18,11 @@ RESULTS = "relora.json"
 
 def is_finished(job: Job) -> bool:
     """Whether the final model of all the steps is there (a run that was extended has one of fewer)."""
-    path = job.folder.final / RESULTS
-    return path.is_file() and json.loads(path.read_text(encoding="utf-8"))["step"] == job.plan.max_steps
+    try:
+        written = json.loads((job.folder.final / RESULTS).read_text(encoding="utf-8"))
+        return bool(written["step"] == job.plan.max_steps)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False  # not there, or damaged: it is written again
 
 
 def finish(job: Job) -> str:
@@ -28,7 +31,7 @@ def finish(job: Job) -> str:
     if not is_finished(job):
         state = open_checkpoint(complete_checkpoints(job.folder.checkpoints)[-1])
         model = merged_model(state, job.config.model, job.hf_config, lora_config(job.config))
-        settings = yaml.safe_dump(job.config.model_dump(mode="json"), sort_keys=False)
+        settings = dump(job.config.model_dump(mode="json"))
         card = model_card(job.folder.path.name, results=results, settings=settings)
         files = {"README.md": card, RESULTS: json.dumps(results, indent=1)}
         export_model(model, job.data.tokenizer(), job.folder.final, files=files)
@@ -41,7 +44,10 @@ def measured(job: Job) -> dict[str, Any]:
     lines = read_metrics(job.folder.metrics)
     evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     restarts = [line for line in lines if "restart" in line]
-    last = max((line for line in lines if "loss" in line), key=lambda line: int(line["step"]))
+    updates = [line for line in lines if "loss" in line]
+    if not updates or job.plan.max_steps not in evaluations:
+        raise UserError([f"{job.folder.metrics}: the lines of the last step are missing; the run has lost its metrics"])
+    last = max(updates, key=lambda line: int(line["step"]))
     results: dict[str, Any] = {
         "step": last["step"],
         "tokens": last["tokens"],

@@ -39,6 +39,10 @@ class Job:
     identity: dict[str, Any]
 
     @property
+    def vocab_size(self) -> int:
+        return int(self.hf_config.get_text_config().vocab_size)
+
+    @property
     def plan(self) -> Plan:
         return Plan(self.config)
 
@@ -161,7 +165,7 @@ def newest_state(job: Job) -> State:
         return State()
     if is_first_on_node():
         verify_checkpoint(folders[-1])
-    there, here = read_manifest(folders[-1])["data"], job.about["data"]
+    there, here = read_manifest(folders[-1]).data, job.about["data"]
     if there != here:
         raise UserError(
             [

@@ -4,7 +4,7 @@ import copy
 import difflib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def model_problems(model: PreTrainedModel, data: DataSection) -> list[str]:
         problems.append(
             f"data.sequence_length = {data.sequence_length}: the model has max_position_embeddings = {limit}"
         )
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    takes_positions = "position_ids" in _arguments(model)
     if data.document_mask and not (takes_positions and not getattr(model.config, "alibi", False)):
         problems.append(
             f"data.document_mask = true: {type(model).__name__} takes no positions, by which documents are told apart"
@@ -67,15 +67,18 @@ def build_model(section: ModelSection, hf_config: PretrainedConfig, *, seed: int
     if section.name_or_path is None:
         torch.manual_seed(seed)
         return _from_config(section, hf_config)
-    return _trainable_by_us(
-        AutoModelForCausalLM.from_pretrained(
-            section.name_or_path,
-            revision=section.revision,
-            trust_remote_code=section.trust_remote_code,
-            attn_implementation=section.attn_implementation,
-            dtype=torch.float32,
-        )
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        section.name_or_path,
+        revision=section.revision,
+        trust_remote_code=section.trust_remote_code,
+        attn_implementation=section.attn_implementation,
+        dtype=torch.float32,
+        output_loading_info=True,
     )
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise UserError([f"{said_of(section)}: lacks {len(missing)} weights of the model, such as {missing[0]}"])
+    return _trainable_by_us(model)
 
 
 def empty_model(section: ModelSection, hf_config: PretrainedConfig) -> PreTrainedModel:
@@ -119,20 +122,39 @@ def num_label_tokens(batch: Mapping[str, Tensor]) -> int:
     return int((batch["labels"][:, 1:] != IGNORED_LABEL).sum())
 
 
+def attention_problems(model: nn.Module, vocab_size: int, *, document_mask: bool) -> list[str]:
+    """What is wrong with who sees whom, tried out on a few tokens: a look into the future, or into other documents."""
+    problems, name = [], type(model).__name__
+    ids = torch.randint(vocab_size, (1, 9), generator=torch.Generator().manual_seed(0))
+    if _sees(model, ids, vocab_size, changed=slice(8, 9), seen_from=slice(0, 8), positions=torch.arange(9)):
+        problems.append(f"model: {name} sees the tokens that it is to predict: it is no causal language model")
+    packed = torch.cat([torch.arange(4), torch.arange(5)])
+    if document_mask and _sees(model, ids, vocab_size, changed=slice(0, 4), seen_from=slice(4, 9), positions=packed):
+        problems.append(
+            f"data.document_mask = true: {name} lets attention through between documents whose positions restart; "
+            "set it to false for this model"
+        )
+    return problems
+
+
 @torch.no_grad()
-def keeps_documents_apart(model: nn.Module, vocab_size: int) -> bool:
-    """Whether positions that restart cut the attention: changing document 1 leaves document 2's logits alone."""
-    first, second = 4, 5
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (1, first + second), generator=generator)
-    other = torch.cat([(ids[:, :first] + 1) % vocab_size, ids[:, first:]], dim=1)
-    positions = torch.cat([torch.arange(first), torch.arange(second)])[None]
-    was_training = model.training
+def _sees(
+    model: nn.Module, ids: Tensor, vocab_size: int, *, changed: slice, seen_from: slice, positions: Tensor
+) -> bool:
+    """Whether the logits at `seen_from` change with the tokens at `changed`."""
+    other = ids.clone()
+    other[:, changed] = (other[:, changed] + 1) % vocab_size
+    was_training, device = model.training, next(model.parameters()).device
+    places = {"position_ids": positions[None].to(device)} if "position_ids" in _arguments(model) else {}
     model.eval()
-    device = next(model.parameters()).device
-    logits = [model(input_ids=x.to(device), position_ids=positions.to(device)).logits for x in (ids, other)]
+    # Not model(...): a compiled model would be compiled for this length too.
+    one, two = (model.forward(input_ids=x.to(device), **places).logits[:, seen_from] for x in (ids, other))
     model.train(was_training)
-    return torch.allclose(logits[0][:, first:], logits[1][:, first:], atol=1e-5)
+    return not torch.allclose(one, two, atol=1e-5)
+
+
+def _arguments(model: nn.Module) -> Iterable[str]:
+    return inspect.signature(model.forward).parameters
 
 
 def _pretrained_config(section: ModelSection) -> PretrainedConfig:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 import relora
 from relora.arrival import Arrival
-from relora.config import Config, UserError
+from relora.config import Config, UserError, raise_if_any
 from relora.config.derived import derived_numbers
 from relora.data import micro_batches
 from relora.files import write_json
@@ -18,7 +18,7 @@ from relora.finish import finish, is_finished
 from relora.job import Job, newest_state, open_job
 from relora.loop import Loop
 from relora.method.census import census
-from relora.model import keeps_documents_apart
+from relora.model import attention_problems
 from relora.runtime.checkpoint import Checkpoints, write_stage_start
 from relora.runtime.engines import Engine, Live, connect
 from relora.runtime.folder import RunFolder
@@ -74,7 +74,7 @@ def _run_stage(
     """Build the stage from `state`, train it to its end, and hand on what the next one needs."""
     clock, begins, is_last = state.clock, state.stage != stage.name, stage.end == job.plan.max_steps
     live = build(stage, state, config=job.config, hf_config=job.hf_config, engine=engine)
-    _check_documents(live, job)
+    raise_if_any(attention_problems(live.model, job.vocab_size, document_mask=job.config.data.document_mask))
     _tell_census(stage, live, job, tracker)
     if stage.is_low_rank and begins:
         write_stage_start(job.folder.stage_start, live, engine, writes=engine.rank == 0)
@@ -110,7 +110,7 @@ def _rehearse(job: Job, engine: Engine, state: State) -> None:
     """Build the stage that comes next and run one forward pass."""
     stage = next((s for s in stages(job.plan) if state.clock.step < s.end), stages(job.plan)[-1])
     live = build(stage, state, config=job.config, hf_config=job.hf_config, engine=engine)
-    _check_documents(live, job)
+    raise_if_any(attention_problems(live.model, job.vocab_size, document_mask=job.config.data.document_mask))
     samples = job.data.samples(job.config.data, job.config.seed)
     batch = samples.__getitems__(range(job.config.training.per_device_batch_size))
     loss = engine.token_losses(live, batch).item() / int((batch["labels"][:, 1:] >= 0).sum())
@@ -172,17 +172,6 @@ def _tell_census(stage: Stage, live: Live, job: Job, tracker: Tracker) -> None:
         write_json(job.folder.path / f"census_{stage.name}.json", counted.as_dict())
 
 
-def _check_documents(live: Live, job: Job) -> None:
-    vocab_size = job.hf_config.get_text_config().vocab_size
-    if job.config.data.document_mask and not keeps_documents_apart(live.model, vocab_size):
-        raise UserError(
-            [
-                f"data.document_mask = true: {type(live.model).__name__} lets attention through between documents "
-                "whose positions restart; set it to false for this model"
-            ]
-        )
-
-
 @contextmanager
 def _failure_in_status(folder: RunFolder) -> Iterator[list[RunFolder]]:
     """Write why a run failed to its status.json, but never into the folder of another run.
@@ -193,8 +182,10 @@ def _failure_in_status(folder: RunFolder) -> Iterator[list[RunFolder]]:
     try:
         yield mine
     except BaseException as error:
-        if mine and os.environ.get("RANK", "0") == "0" and not folder.path.is_file():
-            folder.write_status("failed", step=folder.last_step(), reason=str(error) or type(error).__name__)
+        if mine and os.environ.get("RANK", "0") == "0":
+            # A disk that cannot be written to may be the very reason; the error itself says more.
+            with suppress(OSError):
+                folder.write_status("failed", step=folder.last_step(), reason=str(error) or type(error).__name__)
         raise
 
 

@@ -48,7 +48,13 @@ class Dumper(yaml.SafeDumper):
     """SafeDumper whose plain words are read back by `Loader` as what they were; each text in one line."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        return self.represent_scalar(f"{_TAG}str", text, style='"' if "\n" in text else None)
+        # Quoted too where a reader of YAML 1.1 would take it for something else, as it does `no`.
+        tag: str = _READER_1_1.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
+        plain = None if tag == f"{_TAG}str" else "'"
+        return self.represent_scalar(f"{_TAG}str", text, style='"' if "\n" in text else plain)
+
+
+_READER_1_1 = yaml.SafeLoader("")
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:

@@ -68,7 +68,7 @@ def check_files(data: DataSection) -> list[str]:
         try:
             check_source(source)
         except ValueError as problem:
-            problems.append(f"data.sources.{number}.path = {source.path!r}: {problem}")
+            problems.append(f"data.sources[{number}].path = {source.path!r}: {problem}")
     return problems
 
 

@@ -176,7 +176,7 @@ def write_source(
     nulls = source.data.column(TEXT).null_count
     empty = len(source) - nulls - sum(record.documents for record in sides.values())
     if nulls:
-        logger.warning("data.sources.%d (%s): skipped %d rows without a text", number, spec.path, nulls)
+        logger.warning("data.sources[%d] (%s): skipped %d rows without a text", number, spec.path, nulls)
     return SourceRecord(spec=spec.model_dump(exclude={"weight"}), **sides, skipped_nulls=nulls, skipped_empty=empty)
 
 

@@ -73,7 +73,7 @@ def check_amount(prepared: PreparedData, data: DataSection) -> list[str]:
     """A line for each source too small for one training row, and one if nothing can be evaluated."""
     length = data.sequence_length
     problems = [
-        f"data.sources.{number} ({data.sources[number].path}): {record.tokens} training tokens, fewer than one row of "
+        f"data.sources[{number}] ({data.sources[number].path}): {record.tokens} training tokens, fewer than one row of "
         f"data.sequence_length = {length}; add text, lower sequence_length, or remove the source"
         for number, record in enumerate(prepared.records("train"))
         if record.tokens < length

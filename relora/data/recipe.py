@@ -30,8 +30,9 @@ def checked_tokenizer(
     given = None
     try:
         if tokenizer is not None:
-            given = load_tokenizer(tokenizer, trust_remote_code=trust_remote_code)
-            problems += check_vocabulary(f"data.tokenizer = {tokenizer!r}", given, vocab_size)
+            key = "model.name_or_path" if data.tokenizer is None else "data.tokenizer"
+            given = load_tokenizer(tokenizer, key=key, trust_remote_code=trust_remote_code)
+            problems += check_vocabulary(f"{key} = {tokenizer!r}", given, vocab_size)
         else:
             problems += check_trainable(vocab_size)
     except UserError as error:
@@ -47,7 +48,7 @@ def recipe_of(data: DataSection, tokenizer: PreTrainedTokenizerBase | None, voca
         "text_field": data.text_field,
         "eval_fraction": data.eval_fraction,
         "tokenizer": f"byte-level BPE of {vocab_size}" if tokenizer is None else tokenizer_hash(tokenizer),
-        "sources": [identity(source, f"data.sources.{k}") for k, source in enumerate(data.sources)],
+        "sources": [identity(source, f"data.sources[{k}]") for k, source in enumerate(data.sources)],
     }
 
 

@@ -25,7 +25,7 @@ def load_sources(data: DataSection, num_proc: int) -> list[Dataset]:
     loaded, problems = [], []
     for number, source in enumerate(data.sources):
         try:
-            loaded.append(load_source(source, f"data.sources.{number}", data.text_field, num_proc))
+            loaded.append(load_source(source, f"data.sources[{number}]", data.text_field, num_proc))
         except UserError as error:
             problems += error.problems
     raise_if_any(problems)

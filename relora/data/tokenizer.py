@@ -20,17 +20,24 @@ SMALLEST_VOCABULARY = 256 + 1  # the bytes and END_OF_TEXT
 MOST_TRAINING_BYTES = 4 * 2**30
 
 
-def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """A tokenizer from the hub or a folder. Raises UserError if it cannot serve: it must be fast and have an EOS."""
-    key = f"data.tokenizer = {name!r}"
+def load_tokenizer(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """A tokenizer from the hub or a folder; `key` is the setting that names it.
+
+    Raises:
+        UserError: it cannot serve: it must be there, be fast, and have an EOS.
+    """
+    said, path = f"{key} = {name!r}", Path(name).expanduser()
+    # What cannot be a hub id is not asked for over the network, which takes long where there is none.
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise UserError([f"{said}: there is no such folder"])
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(name).expanduser()), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a tokenizer's own code may raise
-        raise UserError([f"{key}: cannot be loaded as a tokenizer: {root_cause(error)}"]) from error
+        raise UserError([f"{said}: cannot be loaded as a tokenizer: {root_cause(error)}"]) from error
     if not tokenizer.is_fast:
-        raise UserError([f"{key}: a fast tokenizer (tokenizer.json) is required, this is {type(tokenizer).__name__}"])
+        raise UserError([f"{said}: a fast tokenizer (tokenizer.json) is required, this is {type(tokenizer).__name__}"])
     if tokenizer.eos_token_id is None:
-        raise UserError([f"{key}: has no eos_token, which must end every document"])
+        raise UserError([f"{said}: has no eos_token, which must end every document"])
     return tokenizer
 
 
@@ -46,7 +53,8 @@ def check_trainable(vocab_size: int) -> list[str]:
     if vocab_size >= SMALLEST_VOCABULARY:
         return []
     return [
-        f"vocab_size = {vocab_size}: a byte-level BPE needs at least {SMALLEST_VOCABULARY} (data.tokenizer is null)"
+        f"model.config.vocab_size = {vocab_size}: a byte-level BPE needs at least {SMALLEST_VOCABULARY} "
+        "(data.tokenizer is null)"
     ]
 
 

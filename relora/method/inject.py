@@ -5,8 +5,10 @@ from torch import nn
 
 from relora.method.census import Census, census
 from relora.method.lora import LoRAConfig, LoRALinear, lora_layers
+from relora.method.merge import merge_layer
 from relora.method.names import canonical, named_parameters
 from relora.method.reinit import Reinit, draw_lora_A, require_reinit
+from relora.method.store import TorchStore
 from relora.method.targets import find_modules, find_targets
 
 
@@ -43,7 +45,6 @@ def draw_into(layer: LoRALinear, *, reinit: Reinit, seed: int, index: int, name:
         layer.lora_A.copy_(draw_lora_A(layer.r, layer.in_features, reinit=reinit, seed=seed, index=index, name=name))
 
 
-@torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
     """W += delta() in every wrapped layer, and put the plain layers back, all in place.
 
@@ -51,14 +52,16 @@ def merge_lora(model: nn.Module) -> nn.Module:
         `model`, as it was before `inject_lora`, trained. Which parameters require gradients is left as it is.
 
     Raises:
-        ValueError: the model has no LoRA layers.
+        ValueError: the model has no LoRA layers, or its parameters are sharded. It is then as it was.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
     if not layers:
         raise ValueError("the model has no LoRA layers to merge")
+    store = TorchStore()
+    for parameter in model.parameters():
+        store.check(parameter)
     for name, layer in layers.items():
-        delta = layer.delta()
-        layer.weight.copy_(layer.weight.to(delta.dtype) + delta)
+        merge_layer(layer, store)
         model.set_submodule(name, layer.to_linear())
     return model
 

@@ -140,16 +140,29 @@ def _full_precision(device_type: str) -> Iterator[None]:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether this is transformers' Conv1D (GPT-2), whose weight is (d_in, d_out). Told by name: no import."""
-    return any(
-        parent.__name__ == "Conv1D" and parent.__module__ == "transformers.pytorch_utils"
-        for parent in type(module).__mro__
-    )
+    return _is_class(module, "transformers.pytorch_utils", "Conv1D")
 
 
 def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
+    """Whether this computes x W^T + bias and nothing else, so that LoRALinear can stand in its place.
+
+    A subclass with a forward of its own (a router, a quantised layer) and a layer whose weight is computed
+    anew at each access (a parametrization) are not: wrapped, they would compute something else.
+    """
+    if not isinstance(module.__dict__.get("_parameters", {}).get("weight"), nn.Parameter):
+        return False
+    # Falcon's own linear only spells the same product another way.
+    same = is_conv1d(module) or _is_class(module, "transformers.models.falcon.modeling_falcon", "FalconLinear")
+    return same or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+
+
+def _is_class(module: nn.Module, home: str, name: str) -> bool:
+    return (type(module).__module__, type(module).__name__) == (home, name)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """The wrapped layers of a model by canonical name, in the model's order."""
-    return {canonical(name): layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+    found = [(canonical(name), layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
+    layers = dict(found)
+    assert len(layers) == len(found), "two layers have one canonical name: one of them would never be merged"
+    return layers

@@ -66,12 +66,12 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
 
 def require_state(optimizer: Optimizer, parameters: dict[str, nn.Parameter], store: Store) -> None:
     """ValueError that names every parameter without optimizer state: a reset would silently do nothing to it."""
-    missing = [name for name, parameter in parameters.items() if not store.slots(optimizer, parameter)]
+    missing = [name for name, parameter in parameters.items() if not store.has_state(optimizer, parameter)]
     if missing:
         raise ValueError(
-            f"{len(missing)} of {len(parameters)} LoRA factors have no state in the optimizer, so it cannot be "
-            f"reset: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Either the optimizer has not "
-            "made an update yet, or it trains other parameters"
+            f"{len(missing)} of {len(parameters)} LoRA factors have no moments and step count in the optimizer, so it "
+            f"cannot be reset: {', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Either the optimizer has "
+            "not made an update yet, or it trains other parameters"
         )
 
 
@@ -98,13 +98,12 @@ def reset_state(
         "zero": lambda values: torch.ones_like(values, dtype=torch.bool),
         "magnitude": lambda values: smallest(values, prune_ratio),
         "random": lambda values: drawn(values, prune_ratio, generator()),
-        "keep": lambda values: torch.zeros_like(values, dtype=torch.bool),
     }
     slots = store.slots(optimizer, parameter)
-    if slots:
+    if mode != "keep":
         mask = pruned[mode](slots[min(slots)])  # exp_avg, in whatever order a checkpoint brought them back
-    for slot, values in slots.items():
-        store.write_slot(optimizer, parameter, slot, values.masked_fill(mask, 0))
+        for slot, values in slots.items():
+            store.write_slot(optimizer, parameter, slot, values.masked_fill(mask, 0))
     if mode == "zero":
         store.reset_step(optimizer, parameter)
     after = store.slots(optimizer, parameter).values()
@@ -114,10 +113,17 @@ def reset_state(
 def smallest(values: Tensor, ratio: float) -> Tensor:
     """Mask of exactly floor(ratio * n) entries, those of the smallest magnitude; of equal ones the first.
 
-    By sorting: torch.quantile refuses tensors of more than 16 M entries.
+    By the k-th smallest value: torch.quantile refuses tensors of more than 16 M entries.
     """
-    order = values.abs().flatten().argsort(stable=True)
-    return _mask(values, order[: math.floor(ratio * values.numel())])
+    magnitudes = values.abs().flatten()
+    count = math.floor(ratio * values.numel())
+    if count == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    limit = magnitudes.kthvalue(count).values
+    mask = magnitudes < limit
+    equal = (magnitudes == limit).nonzero().flatten()
+    mask[equal[: count - int(mask.sum())]] = True
+    return mask.view(values.shape)
 
 
 def drawn(values: Tensor, ratio: float, generator: torch.Generator) -> Tensor:

@@ -1,7 +1,7 @@
 """The restart of ReLoRA: merge -> reinit -> reset, one verb, written once, over a store.
 
-arXiv 2307.05695, Algorithm 1. Layer by layer and in place: the storage of a parameter never changes, and no
-more than one layer is held a second time.
+arXiv 2307.05695, Algorithm 1. Layer by layer and in place: the storage of a parameter never changes, and
+temporaries are those of one layer.
 """
 
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from relora.method.lora import LoRALinear, lora_delta, lora_layers
+from relora.method.lora import LoRALinear, lora_layers
+from relora.method.merge import merge_layer
 from relora.method.optimizer import OptimizerReset, prune_generator, require_state, reset_state
 from relora.method.reinit import Reinit, draw_lora_A, require_reinit
-from relora.method.spectrum import effective_rank, factor_singular_values
 from relora.method.store import Store, TorchStore
 
 
@@ -62,25 +62,19 @@ def restart(
         ValueError: no LoRA layers, a bad option, a factor without optimizer state (unless `keep`), a DTensor
             or a DeepSpeed parameter. Nothing has been changed then.
     """
-    layers = lora_layers(model)
-    _check(layers, index, optimizer_reset, prune_ratio)
-    require_reinit(reinit)
-    store = store or TorchStore()
+    store, layers = store or TorchStore(), lora_layers(model)
     factors = {f"{name}.{which}": getattr(layer, which) for name, layer in layers.items() for which in FACTORS}
+    _check_options(layers, index, reinit, optimizer_reset, prune_ratio)
     for parameter in (*(layer.weight for layer in layers.values()), *factors.values()):
-        store.read(parameter)
+        store.check(parameter)
     if optimizer_reset != "keep":
         require_state(optimizer, factors, store)
 
-    errors, ranks = [], []
+    merged = []
     for name, layer in layers.items():
-        error, rank = merge(layer, store)
-        errors.append(error)
-        ranks.append(rank)
-        store.write(
-            layer.lora_A,
-            draw_lora_A(layer.r, layer.in_features, reinit=reinit, seed=seed, index=index, name=name),
-        )
+        merged.append(merge_layer(layer, store))
+        A = draw_lora_A(layer.r, layer.in_features, reinit=reinit, seed=seed, index=index, name=name)
+        store.write(layer.lora_A, A)
         store.write(layer.lora_B, torch.zeros(layer.out_features, layer.r))
     zeroed = [
         reset_state(
@@ -93,35 +87,30 @@ def restart(
         )
         for name, factor in factors.items()
     ]
-    entries = sum(total for _, total in zeroed)
-    return RestartReport(
-        merged_layers=len(layers),
-        merge_error=max(errors),
-        optimizer_zeroed_fraction=sum(zero for zero, _ in zeroed) / entries if entries else 0.0,
-        update_effective_rank=sum(ranks) / len(ranks),
-    )
+    return _report(merged, zeroed)
 
 
 FACTORS = ("lora_A", "lora_B")
 
 
-def merge(layer: LoRALinear, store: Store) -> tuple[float, float]:
-    """W += delta in one layer; returns its merge error and the effective rank of delta."""
-    A, B = store.read(layer.lora_A), store.read(layer.lora_B)
-    delta = lora_delta(A, B, layer.scale, transposed=layer.transposed)
-    old = store.read(layer.weight).to(delta.dtype, copy=True)
-    store.write(layer.weight, old + delta)
-    missed = (store.read(layer.weight).to(delta.dtype) - old).sub_(delta).norm()
-    size = delta.norm()
-    error = (missed / size).item() if size > 0 else missed.item()
-    return error, effective_rank(factor_singular_values(A, B, layer.scale))
+def _report(merged: list[tuple[float, float]], zeroed: list[tuple[int, int]]) -> RestartReport:
+    num_zero, num_entries = (sum(counts) for counts in zip(*zeroed, strict=True))
+    return RestartReport(
+        merged_layers=len(merged),
+        merge_error=max(error for error, _ in merged),
+        optimizer_zeroed_fraction=num_zero / num_entries if num_entries else 0.0,
+        update_effective_rank=sum(rank for _, rank in merged) / len(merged),
+    )
 
 
-def _check(layers: dict[str, LoRALinear], index: int, optimizer_reset: str, prune_ratio: float) -> None:
+def _check_options(
+    layers: dict[str, LoRALinear], index: int, reinit: str, optimizer_reset: str, prune_ratio: float
+) -> None:
     if not layers:
         raise ValueError("the model has no LoRA layers: a restart would do nothing")
     if index < 1:
         raise ValueError(f"index must be >= 1 (0 is the draw at injection), not {index}")
+    require_reinit(reinit)
     if optimizer_reset not in get_args(OptimizerReset):
         raise ValueError(f"optimizer_reset must be one of {get_args(OptimizerReset)}, not {optimizer_reset!r}")
     if not 0 < prune_ratio <= 1:

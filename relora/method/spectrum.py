@@ -14,8 +14,9 @@ def factor_singular_values(A: Tensor, B: Tensor, scale: float) -> Tensor:
     Returns:
         (r,) in float64. B = Q_B R_B and A^T = Q_A R_A give the values of R_B R_A^T.
     """
-    R_B = torch.linalg.qr(B.double(), mode="r").R
-    R_A = torch.linalg.qr(A.double().T, mode="r").R
+    # float64 on the CPU: not every device has it, and what is left to decompose is only (r, r).
+    R_B = torch.linalg.qr(B.float(), mode="r").R.cpu().double()
+    R_A = torch.linalg.qr(A.float().T, mode="r").R.cpu().double()
     values: Tensor = torch.linalg.svdvals(R_B @ R_A.T)
     return values * scale
 

@@ -10,6 +10,12 @@ from torch.optim import Optimizer
 class Store(Protocol):
     """Full tensors in, full tensors out, whatever the engine has made of them. Collective where it is sharded."""
 
+    def check(self, parameter: nn.Parameter) -> None:
+        """ValueError if this store cannot reach the parameter. Costs nothing: asked before anything is changed."""
+
+    def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+        """Whether the optimizer holds moments and a step count of the parameter. Costs nothing."""
+
     def read(self, parameter: nn.Parameter) -> Tensor:
         """The full values as the model computes with them. May alias the parameter: copy before a write."""
 
@@ -29,31 +35,39 @@ class Store(Protocol):
 class TorchStore:
     """Whole parameters in one process, or replicated over processes that all do the same (DDP)."""
 
-    def read(self, parameter: nn.Parameter) -> Tensor:
+    def check(self, parameter: nn.Parameter) -> None:
         refuse_sharded(parameter)
+
+    def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+        return "step" in optimizer.state.get(parameter, {}) and bool(self.slots(optimizer, parameter))
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, values: Tensor) -> None:
-        refuse_sharded(parameter)
         parameter.copy_(values)
 
     def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = optimizer.state.get(parameter, {})
-        return {
+        moments = {
             name: value
             for name, value in state.items()
             if isinstance(value, Tensor) and value.shape == parameter.shape and name != "step"
         }
+        coded = [name for name, value in moments.items() if not value.is_floating_point()]
+        if coded:
+            raise ValueError(f"the optimizer keeps {', '.join(coded)} in codes: zero as a code is not zero as a value")
+        return moments
 
     def write_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str, values: Tensor) -> None:
         optimizer.state[parameter][slot].copy_(values)
 
     def reset_step(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
         state = optimizer.state[parameter]
-        if isinstance(state.get("step"), Tensor):
+        if isinstance(state["step"], Tensor):
             state["step"].zero_()
-        elif "step" in state:
+        else:
             state["step"] = 0
 
 

@@ -20,7 +20,7 @@ from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.runtime.engines import Engine, Live
 from relora.runtime.rebuild import persistent_buffers
-from relora.runtime.restore import FORMAT, MANIFEST, complete_checkpoints, read_manifest
+from relora.runtime.restore import FORMAT, MANIFEST, FileFacts, complete_checkpoints, read_manifest
 from relora.runtime.state import Clock
 
 SHARD_BYTES = 2**30
@@ -71,7 +71,7 @@ class Checkpoints:
     def _of_this_cycle(self, stage: str, cycle: int) -> Path | None:
         for folder in reversed(complete_checkpoints(self.folder)):
             manifest = read_manifest(folder)
-            if (manifest["stage"], manifest["cycle"]) == (stage, cycle):
+            if (manifest.stage, manifest.cycle) == (stage, cycle):
                 return folder
         return None
 
@@ -101,7 +101,7 @@ class _Writer:
 
     def __init__(self, draft: Path | None) -> None:
         self.draft = draft
-        self.files: dict[str, dict[str, Any]] = {}
+        self.files: dict[str, FileFacts] = {}
         self.tensors: dict[str, str] = {}
 
     def begin(self) -> None:
@@ -122,27 +122,27 @@ class _Writer:
     def link(self, source: Path, group: str) -> None:
         """Share the files of `group` with another checkpoint."""
         manifest = read_manifest(source)
-        files = {name: facts for name, facts in manifest["files"].items() if facts["group"] == group}
+        files = {name: facts for name, facts in manifest.files.items() if facts.group == group}
         for name in files:
             assert self.draft is not None
             share(source / name, self.draft / name)
         self.files |= files
-        self.tensors |= {name: file for name, file in manifest["tensors"].items() if file in files}
+        self.tensors |= {name: file for name, file in manifest.tensors.items() if file in files}
 
     def finish(self, final: Path, about: dict[str, Any]) -> None:
         if self.draft is not None:
-            manifest = {"format": FORMAT} | about | {"files": self.files, "tensors": self.tensors}
-            write_json(self.draft / MANIFEST, manifest)
+            files = {name: facts.model_dump() for name, facts in self.files.items()}
+            write_json(self.draft / MANIFEST, {"format": FORMAT, **about, "files": files, "tensors": self.tensors})
             publish_folder(self.draft, final)
 
     def _close_shard(self, group: str, shard: dict[str, Tensor]) -> None:
         if self.draft is None or not shard:
             return
-        count = sum(facts["group"] == group for facts in self.files.values())
+        count = sum(facts.group == group for facts in self.files.values())
         name = f"{group}-{count + 1:05d}.safetensors"
         save_file(shard, self.draft / name)
         path = self.draft / name
-        self.files[name] = {"group": group, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        self.files[name] = FileFacts(group=group, bytes=path.stat().st_size, sha256=sha256_of(path))
         self.tensors |= dict.fromkeys(shard, name)
 
 

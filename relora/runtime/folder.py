@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 import relora
 from relora.config import Config, UserError
 from relora.config.derived import fingerprint
-from relora.config.yaml12 import parse
+from relora.config.yaml12 import dump, parse
 from relora.files import write_json, write_text
 
 Status = Literal["running", "finished", "preempted", "failed"]
@@ -88,7 +88,7 @@ class RunFolder:
             "identity": json.loads(json.dumps(dict(identity))),
         }
         tree = config.model_dump(mode="json") | {"derived": facts}
-        write_text(self.config, yaml.safe_dump(tree, sort_keys=False))
+        write_text(self.config, dump(tree))
 
     def written_identity(self) -> dict[str, Any]:
         """What run the folder holds. UserError if config.yaml cannot be read."""
@@ -105,7 +105,7 @@ def same_run_problems(folder: RunFolder, identity: Mapping[str, Any], *, extend:
         return [f"output_dir = {folder.path}: is a file"]
     if not folder.is_run:
         return []
-    there, here = folder.written_identity(), json.loads(json.dumps(dict(identity)))
+    there, here = _flat(folder.written_identity()), _flat(json.loads(json.dumps(dict(identity))))
     return [
         line
         for key in sorted(there.keys() | here.keys())
@@ -114,17 +114,19 @@ def same_run_problems(folder: RunFolder, identity: Mapping[str, Any], *, extend:
     ]
 
 
+def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings under dotted keys, so that a difference names the very key."""
+    flat: dict[str, Any] = {}
+    for key, value in identity.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
 def _difference(folder: RunFolder, key: str, there: Any, here: Any, *, extend: bool) -> list[str]:
-    line = f"output_dir = {folder.path}: holds another run: {key} is {_short(there)} there and {_short(here)} here"
+    line = f"output_dir = {folder.path}: holds another run: {key} is {there} there and {here} here"
     if key == "training.max_steps" and isinstance(there, int) and isinstance(here, int) and here > there:
         return [] if extend else [f"{line}; --extend goes on with the longer one"]
     return [line]
-
-
-def _short(value: Any) -> str:
-    if not isinstance(value, dict):
-        return str(value)
-    return f"{{{', '.join(f'{key}: {value[key]}' for key in list(value)[:3])}, ...}}"
 
 
 def code_version() -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from relora.config import UserError
 from relora.files import write_text
 
 
@@ -29,11 +30,25 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line that was cut off by a kill is left out."""
+    """The lines of a metrics file; a last line that was cut off by a kill is left out.
+
+    Raises:
+        UserError: another line is damaged.
+    """
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return [_parsed(path, number, line) for number, line in enumerate(lines, 1) if line.endswith("\n")]
+
+
+def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(line)
+        if isinstance(parsed, dict) and isinstance(parsed.get("step"), int):
+            return parsed
+    except ValueError:
+        pass
+    raise UserError([f"{path}: line {number} is damaged: {line.strip()[:60]}; remove the line or the file"])
 
 
 def cut_metrics(path: Path, *, after_step: int | None) -> None:

@@ -1,19 +1,20 @@
 """Reading checkpoints: whole, damaged or absent is settled before anything is built from them."""
 
-import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
 from relora.config import UserError
 from relora.files import sha256_of
+from relora.method.schedule import StageName
 from relora.runtime.state import Clock, State
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 MANIFEST = "MANIFEST.json"
 
 
@@ -64,43 +65,81 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+class FileFacts(BaseModel):
+    """One file of a checkpoint: the group of tensors it belongs to, and what it must be."""
+
+    group: str
+    bytes: int
+    sha256: str
+
+
+class Weights(BaseModel):
+    """A manifest of tensors: the files, and in which of them each tensor is."""
+
+    format: Literal[1] = FORMAT
+    files: dict[str, FileFacts]
+    tensors: dict[str, str]
+
+
+class Manifest(Weights):
+    """The manifest of a checkpoint. `fingerprint` and `data` say of which run and which data."""
+
+    step: int
+    samples_seen: int
+    stage: StageName
+    cycle: int
+    steps: dict[str, float]
+    fingerprint: str
+    data: str
+
+
+AnyManifest = TypeVar("AnyManifest", bound=Weights)
+
+
+def read_manifest(folder: Path) -> Manifest:
     """The manifest of a complete checkpoint; UserError if it cannot be read."""
+    return _read(folder, Manifest)
+
+
+def _read(folder: Path, kind: type[AnyManifest]) -> AnyManifest:
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise UserError([f"{folder}: checkpoint format {manifest['format']}, this version reads {FORMAT}"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _unreadable(folder, f"{MANIFEST} is damaged ({error})") from None
-    return dict(manifest)
+        return kind.model_validate_json((folder / MANIFEST).read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["loc"] == ("format",) and first["type"] == "literal_error":
+            raise UserError([f"{folder}: checkpoint format {first['input']}, this version reads {FORMAT}"]) from None
+        where = ".".join(str(part) for part in first["loc"])
+        raise _unreadable(folder, f"{MANIFEST} is damaged ({f'{where}: ' if where else ''}{first['msg']})") from None
+    except OSError as error:
+        raise _unreadable(folder, f"{MANIFEST} cannot be read ({error.strerror})") from None
 
 
 def open_checkpoint(folder: Path) -> State:
     """The state in a checkpoint folder; tensors are read when asked for. UserError if a file is missing."""
     manifest = read_manifest(folder)
-    files: dict[str, str] = manifest["tensors"]
+    files = manifest.tensors
     moments = {name: file for name, file in files.items() if file.startswith("moments-")}
     return State(
-        clock=Clock(manifest["step"], manifest["samples_seen"]),
-        stage=manifest["stage"],
+        clock=Clock(manifest.step, manifest.samples_seen),
+        stage=manifest.stage,
         weights=Tensors(folder, {name: file for name, file in files.items() if name not in moments}),
         moments=Moments(Tensors(folder, moments)),
-        steps=manifest["steps"],
+        steps=manifest.steps,
     )
 
 
 def open_stage_start(folder: Path) -> Tensors:
     """The wrapped weights at the beginning of the low-rank stage, by canonical name."""
-    return Tensors(folder, read_manifest(folder)["tensors"])
+    return Tensors(folder, _read(folder, Weights).tensors)
 
 
 def verify_checkpoint(folder: Path) -> None:
     """UserError that names the first file whose size, hash or form is not what the manifest says."""
-    for name, facts in read_manifest(folder)["files"].items():
+    for name, facts in read_manifest(folder).files.items():
         path = folder / name
         if not path.is_file():
             raise _unreadable(folder, f"{name} is missing")
-        if path.stat().st_size != facts["bytes"] or sha256_of(path) != facts["sha256"]:
+        if path.stat().st_size != facts.bytes or sha256_of(path) != facts.sha256:
             raise _unreadable(folder, f"{name} is not what was written (size or hash differs)")
 
 

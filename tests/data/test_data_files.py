@@ -36,21 +36,21 @@ def test_everything_cheap_is_reported_together(tmp_path, write, config):
     )
     found = check_files(data)
     expected = [
-        ("data.sources.1.path", "god.jsonl", "no such file or folder", "nearest is 'good.jsonl'"),
-        ("data.sources.2.path", "no file matches this pattern"),
-        ("data.sources.3.path", "unknown extension of odd.doc", ".parquet, .json"),
-        ("data.sources.4.path", "empty"),
-        ("data.sources.5.path", "folder without .parquet"),
-        ("data.sources.6.path", "folder without .parquet", ".png"),
-        ("data.sources.7.path", "split = 'test'", "only ['train']"),
-        ("data.sources.8.path", "only the split 'train'"),
+        ("data.sources[1].path", "god.jsonl", "no such file or folder", "nearest is 'good.jsonl'"),
+        ("data.sources[2].path", "no file matches this pattern"),
+        ("data.sources[3].path", "unknown extension of odd.doc", ".parquet, .json"),
+        ("data.sources[4].path", "empty"),
+        ("data.sources[5].path", "folder without .parquet"),
+        ("data.sources[6].path", "folder without .parquet", ".png"),
+        ("data.sources[7].path", "split = 'test'", "only ['train']"),
+        ("data.sources[8].path", "only the split 'train'"),
     ]
     assert len(found) == len(expected)
     for line, pieces in zip(found, expected, strict=True):
         assert all(piece in line for piece in pieces), line
     assert problems_of(data, vocab_size=100) == [
         *found,
-        "vocab_size = 100: a byte-level BPE needs at least 257 (data.tokenizer is null)",
+        "model.config.vocab_size = 100: a byte-level BPE needs at least 257 (data.tokenizer is null)",
     ]
 
 
@@ -86,7 +86,7 @@ def test_missing_column_names_the_nearest(tmp_path, write, config):
     lines = problems_of(config(a, b))
     assert len(lines) == 2
     assert "data.text_field = 'text'" in lines[0] and "['texts', 'n']; nearest is 'texts'" in lines[0]
-    assert "data.sources.1" in lines[1] and "['body', 'n']" in lines[1] and "nearest" not in lines[1]
+    assert "data.sources[1]" in lines[1] and "['body', 'n']" in lines[1] and "nearest" not in lines[1]
 
 
 def test_column_of_numbers(tmp_path, write, config):
@@ -111,7 +111,7 @@ def test_hub_out_of_reach(config, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (line,) = problems_of(config("nobody/nothing"))
-    assert "data.sources.0.path = 'nobody/nothing': no such file or folder here" in line
+    assert "data.sources[0].path = 'nobody/nothing': no such file or folder here" in line
 
 
 def test_stdlib_is_sorted_and_without_tests():

@@ -232,7 +232,7 @@ def test_too_little_data_says_how_much_there_is(tmp_path, write, config, prepare
     data = config(a, b, eval_fraction=1e-9)
     prepared = prepared_of(data)
     first, second = check_amount(prepared, data)
-    assert "data.sources.0" in first and "2 training tokens, fewer than one row" in first
+    assert "data.sources[0]" in first and "2 training tokens, fewer than one row" in first
     assert "sequence_length = 32" in first and "lower sequence_length" in first
     assert "data.eval_fraction = 1e-09: 0 held-out tokens in 0 documents" in second and "raise eval_fraction" in second
     with pytest.raises(UserError):

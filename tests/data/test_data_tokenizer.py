@@ -66,7 +66,10 @@ def test_given_tokenizer_is_kept(tmp_path, documents, write, config):
     data = config(write(tmp_path / "a.jsonl", documents(30)))
     prepared = prepare(data, vocab_size=1000, tokenizer=str(given), quiet=True)
     assert prepared.manifest.vocab_size == 400
-    assert prepared.tokenizer()("the rank")["input_ids"] == load_tokenizer(str(given))("the rank")["input_ids"]
+    assert (
+        prepared.tokenizer()("the rank")["input_ids"]
+        == load_tokenizer(str(given), key="data.tokenizer")("the rank")["input_ids"]
+    )
     with pytest.raises(UserError) as caught:
         prepare(data, vocab_size=399, tokenizer=str(given), quiet=True)
     assert "the tokenizer has 400 entries" in str(caught.value) and "vocab_size = 399" in str(caught.value)
@@ -90,5 +93,5 @@ def test_tokenizers_that_cannot_serve(tmp_path):
     no_eos.save_pretrained(tmp_path / "no_eos")
     for name, words in (("nothing", "cannot be loaded"), ("no_eos", "no eos_token")):
         with pytest.raises(UserError, match=words) as caught:
-            load_tokenizer(str(tmp_path / name))
+            load_tokenizer(str(tmp_path / name), key="data.tokenizer")
         assert f"data.tokenizer = {str(tmp_path / name)!r}" in str(caught.value)

@@ -534,7 +534,7 @@ def test_rank_grows_by_r_with_every_restart(reset: Any) -> None:
 def test_singular_values_of_the_update_without_forming_it() -> None:
     for layer in lora_layers(trained()[0]).values():
         values = factor_singular_values(layer.lora_A.detach(), layer.lora_B.detach(), layer.scale)
-        torch.testing.assert_close(values, torch.linalg.svdvals(float64_delta(layer))[:R], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(values, torch.linalg.svdvals(float64_delta(layer))[:R], rtol=1e-6, atol=1e-9)
 
 
 def test_numerical_rank_and_its_threshold() -> None:

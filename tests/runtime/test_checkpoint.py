@@ -27,7 +27,7 @@ def base_files(folder: Path) -> list[Path]:
 
 
 def test_base_weights_are_written_once_a_cycle(run: Path) -> None:
-    by_step = {read_manifest(folder)["step"]: folder for folder in complete_checkpoints(run / "checkpoints")}
+    by_step = {read_manifest(folder).step: folder for folder in complete_checkpoints(run / "checkpoints")}
     assert not base_files(by_step[3]), "in the warm start every weight is trained"
     for cycle in ((4, 5, 6), (7, 8, 9), (10, 11, 12)):
         inodes = {base_files(by_step[step])[0].stat().st_ino for step in cycle}
