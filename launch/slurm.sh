@@ -15,8 +15,6 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
-# Warn the processes ahead of the end of the time limit, so that they save and stop in order.
-#SBATCH --signal=TERM@120
 set -euo pipefail
 
 fail() { printf 'slurm: error: %s\n' "$*" >&2; exit 2; }

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from relora.config.derived import Plan
 from relora.data import PreparedData, eval_batches, probe_batch
@@ -60,6 +60,11 @@ class Arrival:
         if step and (step % training.save_steps == 0 or step == self.plan.max_steps):
             self._save(clock)
 
+    def catch_up(self, clock: Clock, cycle: int) -> None:
+        """Make the restart that a run now extended did not make at its old end, where none was due."""
+        if self.stage.is_low_rank and self.plan.restarts_done(clock.step) > cycle:
+            self._restart(clock.step)
+
     def _restart(self, step: int) -> None:
         relora, index = self.plan.config.relora, self.plan.restarts_done(step)
         before, start_s = self._probe_loss(), time.perf_counter()
@@ -74,6 +79,8 @@ class Arrival:
             store=self.engine.store,
         )
         seconds = time.perf_counter() - start_s
+        if not self.engine.same_everywhere(checksum(self.live.model)):
+            raise RuntimeError(f"after the restart at step {step} the processes hold different weights")
         probes = {"probe_loss_before": before, "probe_loss_after": self._probe_loss()}
         self.tracker.line({"step": step, "restart": index} | asdict(report) | {"restart_seconds": seconds} | probes)
         self.tracker.spectra(self._spectra(), step)
@@ -106,9 +113,10 @@ class Arrival:
         tokenizer = self.data.tokenizer()
         ids = probe_batch(self.data, self.plan.config.data, batch_size=NUM_PROMPTS)["input_ids"][:, :PROMPT_TOKENS]
         for number, prompt in enumerate(tokenizer.batch_decode(ids, skip_special_tokens=True)):
-            text = sample_text(
-                self.live.model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=number
-            )
+            with self.engine.autocast():
+                text = sample_text(
+                    self.live.model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=number
+                )
             self.tracker.text(f"sample/{number}", text, step)
 
     def _save(self, clock: Clock) -> None:
@@ -141,3 +149,10 @@ class Arrival:
                 learned = W + layers[name].delta() - self.stage_start[f"{name}.weight"].to(W.device)
                 spectra[name] = torch.linalg.svdvals(learned).cpu()
         return spectra
+
+
+def checksum(model: nn.Module) -> str:
+    """Sums of W and A of every wrapped layer, in float64: the same on all ranks after a restart."""
+    layers = lora_layers(model).values()
+    sums = [p.detach().double().sum() for layer in layers for p in (layer.weight, layer.lora_A)]
+    return str(torch.stack(sums).tolist())

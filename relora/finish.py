@@ -1,39 +1,46 @@
 """The end of a run: the final model, and one summary that says where everything is."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from relora.config import UserError
 from relora.config.derived import lora_config
 from relora.config.yaml12 import dump
 from relora.data import unigram_entropy
+from relora.files import sha256_of
 from relora.job import Job
 from relora.runtime.export import export_model, model_card
 from relora.runtime.metrics import read_metrics
 from relora.runtime.rebuild import merged_model
-from relora.runtime.restore import complete_checkpoints, open_checkpoint
+from relora.runtime.restore import MANIFEST, complete_checkpoints, open_checkpoint
 
 RESULTS = "relora.json"
 
 
 def is_finished(job: Job) -> bool:
-    """Whether the final model of all the steps is there (a run that was extended has one of fewer)."""
+    """Whether `final/` is the model of the newest checkpoint, and that one of the last step."""
+    checkpoints = complete_checkpoints(job.folder.checkpoints)
     try:
         written = json.loads((job.folder.final / RESULTS).read_text(encoding="utf-8"))
-        return bool(written["step"] == job.plan.max_steps)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False  # not there, or damaged: it is written again
+        return bool(written["step"] == job.plan.max_steps and written["checkpoint_sha256"] == _hash_of(checkpoints[-1]))
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return False  # not there, damaged, or of another run: it is written again
 
 
 def finish(job: Job) -> str:
     """Write `final/` from the last checkpoint, unless it is there, and return the summary."""
     results = measured(job)
     if not is_finished(job):
-        state = open_checkpoint(complete_checkpoints(job.folder.checkpoints)[-1])
+        checkpoint = complete_checkpoints(job.folder.checkpoints)[-1]
+        state = open_checkpoint(checkpoint)
         model = merged_model(state, job.config.model, job.hf_config, lora_config(job.config))
         settings = dump(job.config.model_dump(mode="json"))
         card = model_card(job.folder.path.name, results=results, settings=settings)
-        files = {"README.md": card, RESULTS: json.dumps(results, indent=1)}
+        files = {
+            "README.md": card,
+            RESULTS: json.dumps(results | {"checkpoint_sha256": _hash_of(checkpoint)}, indent=1),
+        }
         export_model(model, job.data.tokenizer(), job.folder.final, files=files)
     job.folder.write_status("finished", step=job.plan.max_steps)
     return summary(job, results)
@@ -86,6 +93,10 @@ def summary(job: Job, results: dict[str, Any]) -> str:
         said.append(f"{results['skipped_updates']} updates were skipped: their loss or gradient was not finite")
     places = {"model": folder.final, "metrics": folder.metrics, "TensorBoard": folder.tensorboard}
     return "\n".join([*said, *(f"{name + ':':<13}{place}" for name, place in places.items())])
+
+
+def _hash_of(checkpoint: Path) -> str:
+    return sha256_of(checkpoint / MANIFEST)
 
 
 def _largest_rise(lines: list[dict[str, Any]]) -> float:

@@ -165,7 +165,12 @@ def newest_state(job: Job) -> State:
         return State()
     if is_first_on_node():
         verify_checkpoint(folders[-1])
-    there, here = read_manifest(folders[-1]).data, job.about["data"]
+    manifest = read_manifest(folders[-1])
+    if not job.folder.is_run and manifest.fingerprint != job.about["fingerprint"]:
+        raise UserError(
+            [f"output_dir = {job.folder.path}: has lost its config.yaml and holds another run's checkpoints"]
+        )
+    there, here = manifest.data, job.about["data"]
     if there != here:
         raise UserError(
             [

@@ -106,8 +106,8 @@ class Loop:
         self.tracker.say(told)
         if skipped >= MAX_SKIPPED_IN_A_ROW:
             raise NotFiniteError(
-                f"{told}; that is {skipped} in a row, so the run stops. The last checkpoint is sound: go on from it "
-                "with a lower learning rate, or look at the data there"
+                f"{told}; that is {skipped} in a row, so the run stops. No skipped batch has changed the model; try a "
+                "lower learning rate in a new output_dir (from a relora export of this run), or look at the data there"
             )
 
 

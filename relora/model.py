@@ -148,7 +148,7 @@ def _sees(
     places = {"position_ids": positions[None].to(device)} if "position_ids" in _arguments(model) else {}
     model.eval()
     # Not model(...): a compiled model would be compiled for this length too.
-    one, two = (model.forward(input_ids=x.to(device), **places).logits[:, seen_from] for x in (ids, other))
+    one, two = (model.forward(input_ids=x.to(device), **places).logits[:, seen_from].float() for x in (ids, other))
     model.train(was_training)
     return not torch.allclose(one, two, atol=1e-5)
 

@@ -1,8 +1,9 @@
 """A run from its configuration to its final model: the table of contents."""
 
-import os
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,9 +19,9 @@ from relora.finish import finish, is_finished
 from relora.job import Job, newest_state, open_job
 from relora.loop import Loop
 from relora.method.census import census
-from relora.model import attention_problems
+from relora.model import attention_problems, num_label_tokens
 from relora.runtime.checkpoint import Checkpoints, write_stage_start
-from relora.runtime.engines import Engine, Live, connect
+from relora.runtime.engines import Engine, Live, connect, is_first
 from relora.runtime.folder import RunFolder
 from relora.runtime.restore import open_stage_start
 from relora.runtime.state import State
@@ -39,31 +40,39 @@ def train(config: Config, *, dry_run: bool = False, extend: bool = False) -> Non
         UserError: something in the configuration, the files, the data or the launch is wrong.
     """
     _quiet_libraries()
-    with _failure_in_status(RunFolder(Path(config.output_dir))) as mine:
+    folder = RunFolder(Path(config.output_dir))
+    with _reason_in_status(folder, ours=not folder.is_run and not dry_run):
         job = open_job(config, extend=extend)
-        state = newest_state(job)
-        engine = connect(config)
+    if dry_run:
+        return _train(job, _rehearse)
+    with folder.held() if is_first() else nullcontext(), _reason_in_status(folder, ours=True):
+        return _train(job, _run)
+
+
+def _train(job: Job, what: Callable[[Job, Engine, State], None]) -> None:
+    state = newest_state(job)
+    engine = connect(job.config)
+    _agree(job, engine, state)
+    if engine.rank == 0:
         _announce(job, engine, state)
-        if dry_run:
-            _rehearse(job, engine, state)
-        else:
-            with job.folder.held() if engine.rank == 0 else nullcontext():
-                mine.append(job.folder)
-                _run(job, engine, state)
-        engine.close()
+    what(job, engine, state)
+    engine.close()
 
 
 def _run(job: Job, engine: Engine, state: State) -> None:
-    checkpoints = Checkpoints(
-        job.folder.checkpoints, limit=job.config.training.save_total_limit, writes=engine.rank == 0
-    )
-    if engine.rank == 0:
+    training, writes = job.config.training, engine.rank == 0
+    checkpoints = Checkpoints(job.folder.checkpoints, limit=training.save_total_limit, writes=writes)
+    if writes:
+        checkpoints.remove_leftovers()
         _open_folder(job, engine, state)
-    with closing(_tracker(job, engine, state)) as tracker:
+    tracker: Tracker = (
+        RunTracker(job.folder, state, total=job.plan.max_steps, hparams=job.identity) if writes else SilentTracker()
+    )
+    with closing(tracker):
         for stage in stages(job.plan):
             if state.clock.step < stage.end:
                 state = _run_stage(stage, state, job=job, engine=engine, tracker=tracker, checkpoints=checkpoints)
-    if engine.rank == 0:
+    if writes:
         print(finish(job), flush=True)
     engine.barrier()
 
@@ -72,26 +81,16 @@ def _run_stage(
     stage: Stage, state: State, *, job: Job, engine: Engine, tracker: Tracker, checkpoints: Checkpoints
 ) -> State:
     """Build the stage from `state`, train it to its end, and hand on what the next one needs."""
-    clock, begins, is_last = state.clock, state.stage != stage.name, stage.end == job.plan.max_steps
+    clock, cycle, begins = state.clock, state.cycle, state.stage != stage.name
     live = build(stage, state, config=job.config, hf_config=job.hf_config, engine=engine)
-    raise_if_any(attention_problems(live.model, job.vocab_size, document_mask=job.config.data.document_mask))
-    _tell_census(stage, live, job, tracker)
-    if stage.is_low_rank and begins:
-        write_stage_start(job.folder.stage_start, live, engine, writes=engine.rank == 0)
-    arrival = Arrival(
-        plan=job.plan,
-        stage=stage,
-        engine=engine,
-        live=live,
-        tracker=tracker,
-        data=job.data,
-        checkpoints=checkpoints,
-        stage_start=open_stage_start(job.folder.stage_start) if stage.is_low_rank and engine.rank == 0 else {},
-        about=job.about,
-    )
+    with engine.autocast():
+        raise_if_any(attention_problems(live.model, job.vocab_size, document_mask=job.config.data.document_mask))
+    arrival = _begin(stage, live, is_new=begins, job=job, engine=engine, tracker=tracker, checkpoints=checkpoints)
     if begins:
         arrival(clock)
-    training = job.config.training
+    else:
+        arrival.catch_up(clock, cycle)
+    is_last, training = stage.end == job.plan.max_steps, job.config.training
     batches = micro_batches(
         job.data.samples(job.config.data, job.config.seed),
         start=clock.samples_seen,
@@ -100,31 +99,64 @@ def _run_stage(
         rank=engine.rank,
         world_size=engine.world_size,
         num_workers=job.config.data.num_workers,
+        pin_memory=engine.device.type == "cuda",
     )
     loop = Loop(plan=job.plan, engine=engine, live=live, tracker=tracker, batches=batches, arrive=arrival)
     clock = loop.run(clock, until=stage.end, arrive_at_end=is_last)
     return State(clock=clock, stage=stage.name) if is_last else switch(live, engine, clock)
 
 
+def _begin(
+    stage: Stage, live: Live, *, is_new: bool, job: Job, engine: Engine, tracker: Tracker, checkpoints: Checkpoints
+) -> Arrival:
+    """Say and keep what the stage starts from, and set up its housekeeping."""
+    folder, counted, is_first_rank = job.folder, census(live.model), engine.rank == 0
+    tracker.say(f"{_title(stage)}\n{counted.table()}")
+    if is_first_rank:
+        write_json(folder.path / f"census_{stage.name}.json", counted.as_dict())
+    if stage.is_low_rank and is_new:
+        write_stage_start(folder.stage_start, live, engine, writes=is_first_rank)
+    return Arrival(
+        plan=job.plan,
+        stage=stage,
+        engine=engine,
+        live=live,
+        tracker=tracker,
+        data=job.data,
+        checkpoints=checkpoints,
+        stage_start=open_stage_start(folder.stage_start) if stage.is_low_rank and is_first_rank else {},
+        about=job.about,
+    )
+
+
 def _rehearse(job: Job, engine: Engine, state: State) -> None:
     """Build the stage that comes next and run one forward pass."""
     stage = next((s for s in stages(job.plan) if state.clock.step < s.end), stages(job.plan)[-1])
     live = build(stage, state, config=job.config, hf_config=job.hf_config, engine=engine)
-    raise_if_any(attention_problems(live.model, job.vocab_size, document_mask=job.config.data.document_mask))
     samples = job.data.samples(job.config.data, job.config.seed)
     batch = samples.__getitems__(range(job.config.training.per_device_batch_size))
-    loss = engine.token_losses(live, batch).item() / int((batch["labels"][:, 1:] >= 0).sum())
+    loss = engine.token_losses(live, batch).item() / max(1, num_label_tokens(batch))
     if engine.rank == 0:
-        print(f"{_stage_title(stage)}\n{census(live.model).table()}")
+        print(f"{_title(stage)}\n{census(live.model).table()}")
         print(f"dry run: built, one forward pass, loss {loss:.4f} nats. Nothing was written to {job.folder.path}")
+
+
+def _agree(job: Job, engine: Engine, state: State) -> None:
+    """UserError if the processes hold other data or settings, or would go on from another state."""
+    if not engine.same_everywhere(job.data.manifest.content_hash):
+        raise UserError(["data: the processes of this launch hold different prepared data; compare the sources"])
+    here = [job.about["fingerprint"], job.config.training.per_device_batch_size, state.stage, asdict(state.clock)]
+    if not engine.same_everywhere(json.dumps(here)):
+        raise UserError(
+            [
+                f"output_dir = {job.config.output_dir}: the processes of this launch have different settings, or see "
+                "different checkpoints; it must be one folder on a disk that all nodes share"
+            ]
+        )
 
 
 def _announce(job: Job, engine: Engine, state: State) -> None:
     """The first line says what really runs; then what it will do."""
-    if not engine.same_everywhere(job.data.manifest.content_hash):
-        raise UserError(["data: the processes of this launch hold different prepared data; compare the sources"])
-    if engine.rank != 0:
-        return
     training = job.config.training
     print(
         f"relora {relora.__version__}: engine {engine.name}, world size {engine.world_size}, device {engine.device}, "
@@ -141,7 +173,6 @@ def _announce(job: Job, engine: Engine, state: State) -> None:
 
 def _open_folder(job: Job, engine: Engine, state: State) -> None:
     job.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    Checkpoints(job.folder.checkpoints, limit=None, writes=True).remove_drafts()
     numbers = derived_numbers(job.config, engine.world_size)
     settings = job.config.model_copy(update={"model": job.resolved_model})
     job.folder.write_config(settings, identity=job.identity, numbers=numbers)
@@ -150,39 +181,17 @@ def _open_folder(job: Job, engine: Engine, state: State) -> None:
         job.folder.write_status("running", step=state.clock.step)
 
 
-def _tracker(job: Job, engine: Engine, state: State) -> Tracker:
-    if engine.rank != 0:
-        return SilentTracker()
-    start = None if state.stage is None else state.clock.step
-    return RunTracker(job.folder, start=start, total=job.plan.max_steps, hparams=job.identity)
-
-
-def _stage_title(stage: Stage) -> str:
-    return (
-        f"stage {stage.name}: low-rank to step {stage.end}"
-        if stage.is_low_rank
-        else (f"stage {stage.name}: full-rank to step {stage.end}")
-    )
-
-
-def _tell_census(stage: Stage, live: Live, job: Job, tracker: Tracker) -> None:
-    counted = census(live.model)
-    tracker.say(f"{_stage_title(stage)}\n{counted.table()}")
-    if not isinstance(tracker, SilentTracker):
-        write_json(job.folder.path / f"census_{stage.name}.json", counted.as_dict())
+def _title(stage: Stage) -> str:
+    return f"stage {stage.name}: {'low' if stage.is_low_rank else 'full'}-rank to step {stage.end}"
 
 
 @contextmanager
-def _failure_in_status(folder: RunFolder) -> Iterator[list[RunFolder]]:
-    """Write why a run failed to its status.json, but never into the folder of another run.
-
-    Yields a list; the folder is ours once it is in it, or if it was no run's before.
-    """
-    mine = [] if folder.is_run else [folder]
+def _reason_in_status(folder: RunFolder, *, ours: bool) -> Iterator[None]:
+    """Write why a run failed to its status.json, but never into a folder that is not `ours`."""
     try:
-        yield mine
+        yield
     except BaseException as error:
-        if mine and os.environ.get("RANK", "0") == "0":
+        if ours and is_first():
             # A disk that cannot be written to may be the very reason; the error itself says more.
             with suppress(OSError):
                 folder.write_status("failed", step=folder.last_step(), reason=str(error) or type(error).__name__)

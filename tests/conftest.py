@@ -1,5 +1,6 @@
 """Fixtures: a cache of its own for each session, a corpus that can be learned, and a tiny run over it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,11 @@ import pytest
 import torch
 
 from tests.tiny import write_corpus
+
+
+def pytest_configure() -> None:
+    # Before any test module imports the hub's client, which reads it once.
+    os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -20,7 +26,6 @@ def _one_thread() -> None:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RELORA_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
         yield
 

@@ -45,8 +45,8 @@ class Plan:
             warm_start_steps=self.warm_start_steps,
         )
         warm = stage(step, warm_start_steps=self.warm_start_steps) == "warm_start" and self.has_low_rank_stage
-        peak = optim.warm_start_learning_rate if warm and optim.warm_start_learning_rate is not None else None
-        return multiplier * (optim.learning_rate if peak is None else peak)
+        warm_rate = optim.warm_start_learning_rate
+        return multiplier * (warm_rate if warm and warm_rate is not None else optim.learning_rate)
 
     @property
     def has_low_rank_stage(self) -> bool:

@@ -125,6 +125,13 @@ def _document_mask(c: Config) -> str | None:
     return f"data.document_mask = true: needs model.attn_implementation eager or sdpa, not {kernel}"
 
 
+def _flash(c: Config) -> str | None:
+    kernel = c.model.attn_implementation
+    if not kernel.startswith("flash") or c.training.mixed_precision == "bf16":
+        return None
+    return f"model.attn_implementation = {kernel}: needs training.mixed_precision bf16"
+
+
 RULES = (
     Rule(("model.config", "model.name_or_path"), _one_model),
     Rule(("model.revision", "model.name_or_path"), _revision),
@@ -140,4 +147,5 @@ RULES = (
     Rule(("lora.target_modules",), _targets),
     Rule(("lora.base_dtype", "training.method"), _base_dtype),
     Rule(("data.document_mask", "model.attn_implementation"), _document_mask),
+    Rule(("model.attn_implementation", "training.mixed_precision"), _flash),
 )

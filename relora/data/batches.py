@@ -122,6 +122,7 @@ def micro_batches(
     rank: int,
     world_size: int,
     num_workers: int,
+    pin_memory: bool = False,
 ) -> Iterator[list[Batch]]:
     """Endless: for each update from sample `start` on, the list of this rank's micro-batches [B, sequence_length].
 
@@ -137,7 +138,7 @@ def micro_batches(
         world_size=world_size,
     )
     num_micro_batches = global_batch_size // positions.at_once
-    return grouped(loader_of(samples, positions, num_workers), num_micro_batches)
+    return grouped(loader_of(samples, positions, num_workers, pin_memory), num_micro_batches)
 
 
 def grouped(loader: "DataLoader[Batch]", size: int) -> Iterator[list[Batch]]:
@@ -146,13 +147,13 @@ def grouped(loader: "DataLoader[Batch]", size: int) -> Iterator[list[Batch]]:
         yield [next(batches) for _ in range(size)]
 
 
-def loader_of(samples: Samples, positions: Positions, num_workers: int) -> "DataLoader[Batch]":
+def loader_of(samples: Samples, positions: Positions, num_workers: int, pin_memory: bool) -> "DataLoader[Batch]":
     return DataLoader(
         samples,
         batch_sampler=cast("Iterator[list[int]]", positions),
         num_workers=num_workers,
         collate_fn=same,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader would draw from, and so move on, torch's global one
     )
 

@@ -63,10 +63,11 @@ class Checkpoints:
         if self.writes:
             self._drop_old()
 
-    def remove_drafts(self) -> None:
-        """Remove what killed saves have left behind."""
-        for draft in self.folder.glob(".draft-*"):
-            shutil.rmtree(draft)
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes have left: drafts, and checkpoints whose removal was under way."""
+        for folder in (*self.folder.glob(".draft-*"), *self.folder.glob("step-*")):
+            if not (folder / MANIFEST).is_file() or folder.name.startswith(".draft-"):
+                shutil.rmtree(folder)
 
     def _of_this_cycle(self, stage: str, cycle: int) -> Path | None:
         for folder in reversed(complete_checkpoints(self.folder)):
@@ -84,11 +85,7 @@ class Checkpoints:
 
 
 def write_stage_start(folder: Path, live: Live, engine: Engine, *, writes: bool) -> None:
-    """Keep the wrapped weights as they are at the beginning of the low-rank stage; once, and never again."""
-    is_there = (folder / MANIFEST).is_file()
-    [num_there] = engine.sum([float(writes and is_there)])
-    if num_there:
-        return
+    """Keep the wrapped weights as they are at the beginning of the low-rank stage."""
     writer = _Writer(folder.with_name(f".draft-{folder.name}") if writes else None)
     writer.begin()
     weights = ((f"{name}.weight", engine.store.read(layer.weight)) for name, layer in lora_layers(live.model).items())

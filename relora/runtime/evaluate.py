@@ -1,7 +1,9 @@
 """Held-out loss: the sum of token losses over the label tokens, over all ranks."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+from torch import Tensor
 
 from relora.model import num_label_tokens
 from relora.runtime.engines import Batch, Engine, Live
@@ -15,13 +17,19 @@ def held_out_loss(live: Live, engine: Engine, batches: Iterable[Batch]) -> float
     """
     was_training = live.model.training
     live.model.eval()
+    sums = summed_losses(lambda batch: engine.token_losses(live, batch), batches)
+    live.model.train(was_training)
+    total, count = engine.sum(sums)
+    return total / count
+
+
+def summed_losses(token_losses: Callable[[Batch], Tensor], batches: Iterable[Batch]) -> tuple[float, int]:
+    """Sum of the token losses over `batches`, in nats, and the number of their label tokens."""
     loss, labels = 0.0, 0
     for batch in batches:
-        loss += engine.token_losses(live, batch).double().item()
+        loss += token_losses(batch).double().item()
         labels += num_label_tokens(batch)
-    live.model.train(was_training)
-    total, count = engine.sum([loss, labels])
-    return total / count
+    return loss, labels
 
 
 def perplexity(loss: float) -> float:

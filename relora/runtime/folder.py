@@ -16,6 +16,7 @@ from relora.config import Config, UserError
 from relora.config.derived import fingerprint
 from relora.config.yaml12 import dump, parse
 from relora.files import write_json, write_text
+from relora.runtime.restore import complete_checkpoints
 
 Status = Literal["running", "finished", "preempted", "failed"]
 
@@ -67,9 +68,10 @@ class RunFolder:
             lock.acquire(timeout=0)
         except Timeout:
             raise UserError([f"output_dir = {self.path}: another process is training in it"]) from None
-        with lock:
-            lock.release()  # `with` has acquired it once more
+        try:
             yield
+        finally:
+            lock.release()
 
     def write_status(self, status: Status, *, step: int, reason: str | None = None) -> None:
         write_json(self.path / "status.json", {"status": status, "step": step, "reason": reason})
@@ -103,8 +105,8 @@ def same_run_problems(folder: RunFolder, identity: Mapping[str, Any], *, extend:
     """Why `folder` cannot go on as the run `identity`: one line a key that differs; empty if it can."""
     if folder.path.exists() and not folder.path.is_dir():
         return [f"output_dir = {folder.path}: is a file"]
-    if not folder.is_run:
-        return []
+    if not folder.is_run or not (complete_checkpoints(folder.checkpoints) or folder.final.exists()):
+        return []  # nothing that could be gone on from, or be lost
     there, here = _flat(folder.written_identity()), _flat(json.loads(json.dumps(dict(identity))))
     return [
         line

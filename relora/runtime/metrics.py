@@ -51,8 +51,12 @@ def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
     raise UserError([f"{path}: line {number} is damaged: {line.strip()[:60]}; remove the line or the file"])
 
 
-def cut_metrics(path: Path, *, after_step: int | None) -> None:
-    """Drop the lines past a checkpoint, which the resumed run writes again; None drops all."""
+def cut_metrics(path: Path, *, after_step: int | None, cycle: int) -> None:
+    """Drop the lines past a checkpoint and its restarts, which the resumed run writes again; None drops all."""
     if path.is_file():
-        kept = [line for line in read_metrics(path) if after_step is not None and line["step"] <= after_step]
+        kept = [
+            line
+            for line in read_metrics(path)
+            if after_step is not None and line["step"] <= after_step and line.get("restart", 0) <= cycle
+        ]
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))

@@ -122,6 +122,7 @@ def open_checkpoint(folder: Path) -> State:
     return State(
         clock=Clock(manifest.step, manifest.samples_seen),
         stage=manifest.stage,
+        cycle=manifest.cycle,
         weights=Tensors(folder, {name: file for name, file in files.items() if name not in moments}),
         moments=Moments(Tensors(folder, moments)),
         steps=manifest.steps,

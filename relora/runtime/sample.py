@@ -16,10 +16,17 @@ def sample_text(
     temperature: float,
     seed: int,
 ) -> str:
-    """`prompt` continued by up to `max_new_tokens`; greedy at temperature 0, else drawn from `seed`."""
+    """`prompt` continued by up to `max_new_tokens`; greedy at temperature 0, else drawn from `seed`.
+
+    Never past the positions of the model: the prompt loses its beginning, and the text ends, where they do.
+    """
     ids: Any = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     if ids.shape[1] == 0:
         ids = torch.tensor([[tokenizer.eos_token_id]], device=model.device)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is not None:
+        ids = ids[:, -(limit - 1) :]
+        max_new_tokens = min(max_new_tokens, limit - ids.shape[1])
     settings = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=temperature > 0,

@@ -32,6 +32,7 @@ class State:
 
     Attributes:
         stage: the stage that makes the next update; None before anything was built.
+        cycle: restarts that the weights have behind them.
         weights: parameters and buffers by canonical name, full shapes.
         moments: for a parameter's name its optimizer moments by slot, full shapes; empty after a switch.
         steps: for a parameter's name Adam's step count.
@@ -39,6 +40,7 @@ class State:
 
     clock: Clock = Clock()
     stage: StageName | None = None
+    cycle: int = 0
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     steps: Mapping[str, float] = field(default_factory=dict)

@@ -5,11 +5,13 @@ from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams as hparams_summaries
 from tqdm import tqdm
 
 from relora.runtime.folder import RunFolder
 from relora.runtime.metrics import MetricsFile, cut_metrics
 from relora.runtime.pictures import spectrum_picture
+from relora.runtime.state import State
 
 # The first key of a line says what kind it is; its fields go to TensorBoard under the name of the kind.
 _KINDS = {"loss": "train", "eval_loss": "eval", "restart": "restart", "probe_loss": "probe"}
@@ -60,10 +62,11 @@ class SilentTracker:
 class RunTracker:
     """metrics.jsonl, TensorBoard and the progress bar of one run, from `start` on."""
 
-    def __init__(self, folder: RunFolder, *, start: int | None, total: int, hparams: Mapping[str, Any]) -> None:
-        """`start` is the step of the checkpoint the run goes on from, None for a new run."""
+    def __init__(self, folder: RunFolder, state: State, *, total: int, hparams: Mapping[str, Any]) -> None:
+        """`state` is what the run goes on from."""
         self._folder = folder
-        cut_metrics(folder.metrics, after_step=start)
+        start = None if state.stage is None else state.clock.step
+        cut_metrics(folder.metrics, after_step=start, cycle=state.cycle)
         self._metrics = MetricsFile(folder.metrics)
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=0 if start is None else start + 1)
         self._bar = tqdm(total=total, initial=start or 0, unit="step", dynamic_ncols=True, mininterval=1.0)
@@ -104,7 +107,9 @@ class RunTracker:
 
     def _hparams(self, hparams: Mapping[str, Any]) -> None:
         plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in hparams.items()}
-        self._board.add_hparams(plain, {"hparam/started": 1}, run_name=".")
+        # Not add_hparams: it opens a second file of events, and TensorBoard would leave the first one behind.
+        for summary in hparams_summaries(plain, {"hparam/started": 1}):  # type: ignore[no-untyped-call]
+            self._board.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
 
 def _short(key: str, kind: str) -> str:

@@ -1,13 +1,15 @@
 """`relora eval RUN_OR_MODEL`: held-out loss and perplexity."""
 
 import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from relora.config import Config, UserError, raise_if_any
 from relora.data import check_amount, eval_batches, unigram_entropy
 from relora.data import prepare as prepare_tokens
-from relora.model import num_label_tokens, token_losses
-from relora.runtime.evaluate import perplexity
+from relora.model import token_losses
+from relora.runtime.engines import Batch
+from relora.runtime.evaluate import perplexity, summed_losses
 from relora.tools.models import load, run_of
 
 
@@ -28,14 +30,18 @@ def evaluate(run_or_model: str, config: Config | None) -> None:
         tokenizer=(settings.data.tokenizer or settings.model.name_or_path)
         if config is None
         else tokenizer.name_or_path,
+        trust_remote_code=settings.model.trust_remote_code,
     )
     raise_if_any(check_amount(data, settings.data))
     batch_size = settings.training.per_device_eval_batch_size or settings.training.per_device_batch_size
-    loss, labels = 0.0, 0
-    for batch in eval_batches(data, settings.data, batch_size=batch_size):
+    is_bf16 = settings.training.mixed_precision == "bf16"
+
+    def losses(batch: Batch) -> Tensor:
         on_device = {key: values.to(model.device) for key, values in batch.items()}
-        loss += token_losses(model, on_device).double().item()
-        labels += num_label_tokens(batch)
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_bf16):
+            return token_losses(model, on_device)
+
+    loss, labels = summed_losses(losses, eval_batches(data, settings.data, batch_size=batch_size))
     entropy = unigram_entropy(data, settings.data)
     print(
         f"held-out loss {loss / labels:.4f} nats, perplexity {perplexity(loss / labels):.2f}, over {labels:,} tokens "

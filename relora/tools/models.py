@@ -62,6 +62,8 @@ def _load_plain(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise UserError([f"{name}: there is no such folder"])
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        # With a cache transformers does not keep packed documents apart; generation asks for one itself.
+        model.config.use_cache = False
         return model, AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever a model's own code may raise
         reason = refusal(error) if Path(name).exists() else f"there is no such folder; {refusal(error)}"

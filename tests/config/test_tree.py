@@ -441,6 +441,12 @@ JOINED: list[tuple[tuple[str, ...], dict[str, Any], str, dict[str, Any]]] = [
         )
         for kernel in ("flash_attention_2", "flash_attention_3", "flex_attention")
     ),
+    (
+        ("model.attn_implementation", "training.mixed_precision"),
+        {"model": {"attn_implementation": "flash_attention_2"}, "training": {"mixed_precision": "no"}},
+        "model.attn_implementation = flash_attention_2: needs training.mixed_precision bf16",
+        {"model": {"attn_implementation": "flash_attention_2"}, "training": {"mixed_precision": "bf16"}},
+    ),
 ]
 
 

@@ -54,6 +54,13 @@ def test_limit_keeps_the_newest_and_their_shared_files(tiny_run: Callable[..., d
         verify_checkpoint(folder)
 
 
+def test_a_removal_under_way_is_finished(run: Path, tiny_run: Callable[..., dict[str, Any]]) -> None:
+    folder = complete_checkpoints(run / "checkpoints")[2]
+    (folder / "MANIFEST.json").unlink()
+    train(check(tiny_run()))
+    assert not folder.exists()
+
+
 def test_many_small_files_hold_the_same(
     run: Path, tiny_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Two gloo processes train the model that one process trains, from a plain `accelerate launch`."""
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -100,6 +101,17 @@ def test_another_world_size_than_wanted_is_refused(tiny_run: Callable[..., dict[
     result = launch(written(tiny_run(), tmp_path), "training.num_processes=4", "training.global_batch_size=16")
     assert result.returncode != 0
     assert "training.num_processes = 4: the launcher started 2" in result.stderr
+
+
+def test_ranks_that_see_different_checkpoints_do_not_train(tiny_run: Callable[..., dict[str, Any]]) -> None:
+    tree = tiny_run()
+    train(check(tree))
+    shutil.rmtree(Path(tree["output_dir"]) / "checkpoints" / "step-00000012")
+    path = written(tree, Path(tree["output_dir"]).parent)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    result = run([*launcher, "-m", "tests.runtime.other_disk_on_rank_1", str(path)])
+    assert result.returncode != 0
+    assert "or see different checkpoints; it must be one folder" in result.stderr
 
 
 def test_nan_on_one_rank_skips_the_update_everywhere() -> None:

@@ -1,5 +1,6 @@
 """The exported model is the live one: for transformers, merged, in any dtype, tied or not."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,34 @@ def test_eval_of_the_final_model_is_the_runs_own(run: Path, capsys: pytest.Captu
     for target in (run / "final", run):
         assert main(["eval", str(target)]) == 0
         assert f"held-out loss {only(metrics(run), 'eval_loss')[12]:.4f} nats" in capsys.readouterr().out
+
+
+def test_eval_keeps_documents_apart(
+    tiny_run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tiny_run(data__document_mask=True)
+    train(check(tree))
+    assert main(["eval", f"{tree['output_dir']}/final"]) == 0
+    assert f"held-out loss {only(metrics(tree['output_dir']), 'eval_loss')[12]:.4f} nats" in capsys.readouterr().out
+
+
+def test_a_sample_ends_where_the_positions_end(
+    tiny_run: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tiny_run(model={"config": GPT2 | {"n_positions": 32}}, training__max_steps=5)
+    train(check(tree))
+    assert main(["generate", tree["output_dir"], "--prompt", "the old fox " * 30, "--max-new-tokens", "500"]) == 0
+    assert "fox" in capsys.readouterr().out
+
+
+def test_a_redone_run_replaces_its_final_model(tiny_run: Callable[..., dict[str, Any]]) -> None:
+    tree = tiny_run()
+    train(check(tree))
+    run, weights = Path(tree["output_dir"]), Path(tree["output_dir"], "final", "model.safetensors")
+    shutil.rmtree(run / "checkpoints" / "step-00000012")
+    before = weights.stat().st_ino
+    train(check(tree | {"training": tree["training"] | {"per_device_batch_size": 8}}))
+    assert weights.stat().st_ino != before
 
 
 def test_eval_of_any_model_on_a_config(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

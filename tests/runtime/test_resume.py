@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 
 from relora.config import UserError, check
 from relora.files import sha256_of
+from relora.job import open_job
+from relora.runtime.engines import local
 from relora.train import train
-from tests.tiny import metrics
+from tests.tiny import metrics, only
 
 HARD = {"lora__lora_dropout": 0.1, "training__per_device_batch_size": 2, "data__document_mask": True}
 
@@ -36,9 +38,9 @@ def stopped(tree: dict[str, Any], step: int, folder: Path) -> dict[str, Any]:
     return tree | {"output_dir": str(folder)}
 
 
-def assert_same(run: Path | str, reference: Path | str) -> None:
+def assert_same(run: Path | str, reference: Path | str, *, last: int = 12) -> None:
     assert metrics(run) == metrics(reference)
-    for name in ("final", "checkpoints/step-00000012"):
+    for name in ("final", f"checkpoints/step-{last:08d}"):
         files = sorted((Path(reference) / name).glob("*.safetensors"))
         assert files
         for file in files:
@@ -62,8 +64,6 @@ def test_resume_twice(whole: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_run_passes_through_every_epoch(whole: dict[str, Any]) -> None:
-    from relora.job import open_job
-
     job = open_job(check(whole))
     rows = sum(stream.num_rows for stream in job.data.streams("train", 32))
     assert rows < 8 * 8, "the second epoch must begin before step 8, from which the tests above resume"
@@ -96,6 +96,42 @@ def test_extend(tiny_run: Callable[..., dict[str, Any]]) -> None:
     lines = metrics(tree["output_dir"])
     assert max(line["step"] for line in lines) == 14
     assert (Path(tree["output_dir"]) / "final" / "config.json").is_file()
+
+
+def test_extend_makes_the_restart_of_the_old_end(tiny_run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    # At step 13, the old end, no restart was due; in the longer run one is, and the rate re-warms after it.
+    tree = tiny_run(training__max_steps=13)
+    train(check(tree))
+    assert only(metrics(tree["output_dir"]), "restart") == {7: 1, 10: 2}
+    longer = tree | {"training": tree["training"] | {"max_steps": 18}}
+    train(check(longer), extend=True)
+    assert only(metrics(tree["output_dir"]), "restart") == {7: 1, 10: 2, 13: 3, 16: 4}
+
+    # Killed after that restart and before the next checkpoint: it is made again, and told once.
+    again = stopped(longer, 13, tmp_path / "again")
+    train(check(again))
+    assert_same(again["output_dir"], tree["output_dir"], last=18)
+
+
+def test_a_skipped_batch_is_skipped_again(
+    whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned = local.token_losses
+    bad_ids = open_job(check(whole)).data.samples(check(whole).data, 0)[20]["input_ids"]
+
+    def token_losses(model: Any, batch: Any) -> Any:
+        loss = poisoned(model, batch)
+        return loss * float("nan") if model.training and (batch["input_ids"] == bad_ids).all(1).any() else loss
+
+    monkeypatch.setattr(local, "token_losses", token_losses)
+    tree = whole | {"output_dir": str(tmp_path / "skipping")}
+    train(check(tree))
+    lines = {line["step"]: line for line in metrics(tree["output_dir"]) if "loss" in line}
+    assert lines[2]["samples_seen"] == 2 * 8
+    assert lines[3]["samples_seen"] == 4 * 8, "the third batch moved only samples_seen"
+    again = stopped(tree, 2, tmp_path / "again")
+    train(check(again))
+    assert_same(again["output_dir"], tree["output_dir"])
 
 
 def test_what_may_change_between_resumes(whole: dict[str, Any], tmp_path: Path) -> None:

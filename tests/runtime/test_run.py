@@ -217,7 +217,11 @@ def test_dry_run_writes_nothing(tiny_run: Settings, capsys: pytest.CaptureFixtur
     assert not Path(tree["output_dir"]).exists()
 
 
-@pytest.mark.parametrize("options", [{"model__gradient_checkpointing": True}, {"data__num_workers": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"model__gradient_checkpointing": True}, {"model__torch_compile": True}, {"data__num_workers": 2}],
+    ids=str,
+)
 def test_how_it_is_computed_does_not_change_the_result(options: dict[str, Any], run: Path, tiny_run: Settings) -> None:
     tree = tiny_run(**options)
     train(check(tree))

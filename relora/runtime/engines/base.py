@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,9 @@ class Engine(Protocol):
     def token_losses(self, live: Live, batch: Batch) -> Tensor:
         """Sum of the token losses of this rank's batch, without gradients, in the precision of training."""
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of training, for forward passes beside it."""
+
     def read_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> tuple[dict[str, Tensor], float]:
         """Moments by slot, full shapes, and the step count; ({}, 0) where there is no state yet."""
 
@@ -86,6 +90,11 @@ class Engine(Protocol):
 def launched_world_size() -> int:
     """Number of processes that the launcher says it started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0 of the launch: it alone writes the run folder, and talks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def is_first_on_node() -> bool:

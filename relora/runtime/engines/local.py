@@ -1,12 +1,14 @@
 """One process, or several with replicated parameters (DDP over NCCL or gloo), through accelerate."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import cast
+from datetime import timedelta
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -22,7 +24,11 @@ class LocalEngine:
     def __init__(self, *, mixed_precision: str, num_processes: int | None) -> None:
         # cpu=True also makes a true world of an `accelerate launch` that would start independent copies.
         # bf16 is our own autocast: accelerate's would copy the logits to fp32 and patch model.forward.
-        self.accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+        # Rank 0 writes checkpoints and the final model alone; the others wait longer than NCCL's ten minutes.
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=[patience]
+        )
         self.world_size: int = self.accelerator.num_processes
         self.rank: int = self.accelerator.process_index
         device: torch.device = self.accelerator.device
@@ -34,6 +40,9 @@ class LocalEngine:
 
     def prepare(self, model: nn.Module, *, compiled: bool) -> nn.Module:
         model.to(self.device)
+        if self.device.type == "cuda":
+            # The peak that is logged is that of the stage: the warm start's would hide the low-rank one's.
+            torch.cuda.reset_peak_memory_stats(self.device)
         if compiled:
             model.compile()
         if self.world_size == 1:
@@ -62,18 +71,23 @@ class LocalEngine:
             losses.append(loss.detach())
         trained = [p for p in live.wrapped.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        [total, num_bad] = self.sum([torch.stack(losses).sum().item(), float(not norm.isfinite())])
-        finite = num_bad == 0 and abs(total) < float("inf")
+        # One transfer from the device for both.
+        loss_here, grad_norm = torch.stack([torch.stack(losses).sum(), norm]).double().tolist()
+        [total, num_bad] = self.sum([loss_here, float(not math.isfinite(grad_norm))])
+        finite = num_bad == 0 and math.isfinite(total)
         if finite:
             if max_grad_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
             live.optimizer.step()
         live.optimizer.zero_grad(set_to_none=True)
-        return Update(loss=total / num_labels, grad_norm=norm.item(), applied=finite)
+        return Update(loss=total / num_labels, grad_norm=grad_norm, applied=finite)
 
     @torch.no_grad()
     def token_losses(self, live: Live, batch: Batch) -> Tensor:
         return self._token_losses(live.model, batch)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16)
 
     def read_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> tuple[dict[str, Tensor], float]:
         state = optimizer.state.get(parameter, {})
@@ -109,7 +123,7 @@ class LocalEngine:
 
     def _token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
         on_device = {key: values.to(self.device, non_blocking=True) for key, values in batch.items()}
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self._bf16):
+        with self.autocast():
             return token_losses(model, on_device)
 
     def _tensor(self, values: Sequence[float]) -> Tensor:
