@@ -18,7 +18,7 @@ from relora.config import UserError, check
 from relora.runtime.engines import Live
 from relora.runtime.folder import RunFolder
 from relora.train import train
-from tests.tiny import metrics, only
+from tests.tiny import MODEL, metrics, only
 
 Settings = Callable[..., dict[str, Any]]
 
@@ -217,11 +217,21 @@ def test_dry_run_writes_nothing(tiny_run: Settings, capsys: pytest.CaptureFixtur
     assert not Path(tree["output_dir"]).exists()
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"model__gradient_checkpointing": True}, {"model__torch_compile": True}, {"data__num_workers": 2}],
-    ids=str,
-)
+def test_a_compiled_model_trains_the_same(tiny_run: Settings) -> None:
+    losses = []
+    for compiled in (False, True):
+        tree = tiny_run(
+            f"compiled_{compiled}",
+            model={"config": MODEL | {"num_hidden_layers": 1}, "torch_compile": compiled},
+            relora={"restart_every": 2, "warm_start_steps": 2},
+            training__max_steps=5,
+        )
+        train(check(tree))
+        losses.append(only(metrics(tree["output_dir"]), "loss"))
+    assert list(losses[1].values()) == pytest.approx(list(losses[0].values()), abs=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"model__gradient_checkpointing": True}, {"data__num_workers": 2}], ids=str)
 def test_how_it_is_computed_does_not_change_the_result(options: dict[str, Any], run: Path, tiny_run: Settings) -> None:
     tree = tiny_run(**options)
     train(check(tree))
