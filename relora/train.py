@@ -102,7 +102,8 @@ def _run_stage(
         pin_memory=engine.device.type == "cuda",
     )
     loop = Loop(plan=job.plan, engine=engine, live=live, tracker=tracker, batches=batches, arrive=arrival)
-    clock = loop.run(clock, until=stage.end, arrive_at_end=is_last)
+    with closing(batches):  # ends the processes that read ahead
+        clock = loop.run(clock, until=stage.end, arrive_at_end=is_last)
     return State(clock=clock, stage=stage.name) if is_last else switch(live, engine, clock)
 
 

@@ -1,6 +1,6 @@
 """The sample at a position, and the micro-batches of a rank from a position on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -123,7 +123,7 @@ def micro_batches(
     world_size: int,
     num_workers: int,
     pin_memory: bool = False,
-) -> Iterator[list[Batch]]:
+) -> Generator[list[Batch], None, None]:
     """Endless: for each update from sample `start` on, the list of this rank's micro-batches [B, sequence_length].
 
     Micro-batch m of rank r holds the samples start + (m * world_size + r) * B .. + B. What is in it depends on
@@ -141,7 +141,7 @@ def micro_batches(
     return grouped(loader_of(samples, positions, num_workers, pin_memory), num_micro_batches)
 
 
-def grouped(loader: "DataLoader[Batch]", size: int) -> Iterator[list[Batch]]:
+def grouped(loader: "DataLoader[Batch]", size: int) -> Generator[list[Batch], None, None]:
     batches = iter(loader)
     while True:
         yield [next(batches) for _ in range(size)]
