@@ -13,9 +13,10 @@ from relora.cli import main
 from relora.config import check, load_config
 from relora.config.derived import lora_config
 from relora.method.inject import inject_lora
-from relora.model import empty_model, load_hf_config
+from relora.model import attention_problems, empty_model, load_hf_config
 from relora.runtime.rebuild import load_weights
 from relora.runtime.restore import complete_checkpoints, open_checkpoint
+from relora.tools.models import load
 from relora.train import train
 from tests.tiny import MODEL, metrics, only
 
@@ -85,6 +86,8 @@ def test_eval_keeps_documents_apart(
     train(check(tree))
     assert main(["eval", f"{tree['output_dir']}/final"]) == 0
     assert f"held-out loss {only(metrics(tree['output_dir']), 'eval_loss')[12]:.4f} nats" in capsys.readouterr().out
+    # So short a run could agree to four decimals with a leak; this sees one at once.
+    assert attention_problems(load(f"{tree['output_dir']}/final")[0], 300, document_mask=True) == []
 
 
 def test_a_sample_ends_where_the_positions_end(
