@@ -4,18 +4,24 @@
 #   bash launch/setup.sh                                     once, on a disk that all nodes see
 #   sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh configs/llama_1b.yaml [section.key=value ...]
 #
-# Run it from the root of the repository. A job that is preempted is queued again under the same number, and goes on
-# from its last checkpoint; so does a job that is sent again with the same line. Partition, account and the like:
-# options of sbatch.
+# Run it from the root of the repository. Five minutes before its time limit, and when it is preempted, a job writes a
+# checkpoint, ends, and queues itself again under the same number; it then goes on from there. So does a job that is
+# sent again with the same line. scancel --signal=USR1 JOB brings that about at any time; scancel JOB ends it for good.
+# Where preempted jobs get no grace time, training.save_steps says how much work is lost. Partition, account and the
+# like: options of sbatch.
 #SBATCH --job-name=relora
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --time=24:00:00
+#SBATCH --signal=USR1@300
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 set -euo pipefail
+# Without the prefix B: the signal goes to the launchers that srun has started, not to this shell. It must outlive them
+# to queue the job again, even if somebody sends it the signal too.
+trap '' USR1
 
 fail() { printf 'slurm: error: %s\n' "$*" >&2; exit 2; }
 
@@ -25,13 +31,47 @@ fail() { printf 'slurm: error: %s\n' "$*" >&2; exit 2; }
 cd -- "${SLURM_SUBMIT_DIR:-.}"
 [[ -f launch/torchrun_multinode.sh ]] || fail "$PWD is not the root of the repository: call sbatch there"
 
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${hosts%%$'\n'*}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}   # jobs that share a node get different ports
 export NNODES=$SLURM_JOB_NUM_NODES
 export NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 
+# output_dir as relora itself reads it: from the file, or from what is laid over it.
+run_folder() {
+    local python=${PYTHON:-.venv/bin/python}
+    if ! command -v "$python" >/dev/null; then python=python3; fi
+    "$python" - "$@" 2>/dev/null <<'PY'
+import sys
+
+from relora.config.load import load_config
+
+config, *overrides = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
+print(load_config(config, overrides).output_dir)
+PY
+}
+
+if ! run=$(run_folder "$@"); then
+    printf 'slurm: warning: %s\n' "no output_dir to be read from: $*; this job will not queue itself again" >&2
+    run=/nowhere
+fi
+# torchrun turns every exit code into 1; the reason stands in status.json, a new file at each writing.
+written() { stat -c '%i %y' -- "$run/status.json" 2>/dev/null || true; }
+before=$(written)
+
+code=0
+# When one node has ended the others are ended too, but not at once: they may still be busy with the last checkpoint.
 # SLURM_NODEID differs from node to node, so the inner shell reads it.
 # shellcheck disable=SC2016
-exec srun --kill-on-bad-exit=1 \
-    bash -c 'export NODE_RANK=$SLURM_NODEID; exec bash launch/torchrun_multinode.sh "$@"' relora "$@"
+srun --kill-on-bad-exit=0 --wait=60 \
+    bash -c 'export NODE_RANK=$SLURM_NODEID; exec bash launch/torchrun_multinode.sh "$@"' relora "$@" || code=$?
+
+# An old "preempted" says nothing of a job that failed before it wrote its own: that one would be queued for ever.
+if ((code != 0)) && [[ $(written) != "$before" ]] && grep -q '"status": *"preempted"' "$run/status.json"; then
+    if scontrol requeue "$SLURM_JOB_ID"; then
+        printf 'slurm: the checkpoint is written; job %s is queued again\n' "$SLURM_JOB_ID"
+    else
+        printf 'slurm: error: the checkpoint is written, but job %s is not queued again\n' "$SLURM_JOB_ID" >&2
+    fi
+fi
+exit "$code"

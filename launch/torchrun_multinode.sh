@@ -13,9 +13,11 @@
 #                    the processes then start again, and the run goes on from its last checkpoint
 #   RDZV_ID          c10d: a name of the job, the same everywhere (default: relora)
 #   MAX_RESTARTS     c10d: how often the processes are started again (default: 3)
+#   SHUTDOWN_TIMEOUT how long processes may take after a signal, for a checkpoint, in seconds (default: 240)
 #   PYTHON           default: .venv/bin/python of this repository if launch/setup.sh has made it, else python3
 #
 # All machines need the same code, packages and config; an output_dir on a disk that all see lets any of them resume.
+# SIGTERM, SIGINT and SIGUSR1 are passed on to the processes: the run then writes a checkpoint and ends.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -32,6 +34,7 @@ need MASTER_PORT "a free port on MASTER_ADDR, the same on all"
 need NPROC_PER_NODE "the number of processes on this machine, usually its number of GPUs"
 number MASTER_PORT
 number NPROC_PER_NODE
+number SHUTDOWN_TIMEOUT
 case $rdzv in
     static)
         need NODE_RANK "0 on the machine at MASTER_ADDR, 1, 2, ... on the others"
@@ -70,4 +73,8 @@ if [[ $rdzv == c10d ]]; then
 else
     options+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
 fi
+# Slurm signals the processes that it has started itself, and that is only the launcher, which must pass the signal on.
+# By default torchrun does not do so with SIGUSR1, and kills after 30 seconds.
+options+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout "${SHUTDOWN_TIMEOUT:-240}")
+trap '' USR1   # nor may it kill torchrun while that still loads, or waits for the other machines
 exec "$python" -m torch.distributed.run "${options[@]}" -m relora train "$@"

@@ -28,9 +28,8 @@ def test_launch_commands_fit_their_configs(launch: str, rest: str, monkeypatch: 
 
 
 def test_there_are_such_commands() -> None:
-    assert {launch for launch, _ in commands()} == {
-        f"launch/{kind}.yaml" for kind in ("cpu", "cpu_ddp", "ddp", "one_gpu")
-    }
+    engines = [f"{engine}{where}" for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3") for where in ("", "_cpu")]
+    assert {launch for launch, _ in commands()} == {f"launch/{kind}.yaml" for kind in ("cpu", "one_gpu", *engines)}
 
 
 def test_files_that_the_readme_names_exist() -> None:
