@@ -52,15 +52,21 @@ class Plan:
     def has_low_rank_stage(self) -> bool:
         return self.config.training.method != "full"
 
+    @property
+    def _restarts(self) -> dict[str, Any]:
+        # Restarts fall before the end; processes that train apart meet at the end too.
+        meets_at_end = self.config.relora.sync == "restart"
+        return {
+            "max_steps": self.max_steps + meets_at_end,
+            "restart_every": self.restart_every,
+            "warm_start_steps": self.warm_start_steps,
+        }
+
     def restart_due(self, step: int) -> bool:
-        return restart_due(
-            step, max_steps=self.max_steps, restart_every=self.restart_every, warm_start_steps=self.warm_start_steps
-        )
+        return restart_due(step, **self._restarts)
 
     def restarts_done(self, step: int) -> int:
-        return restarts_done(
-            step, max_steps=self.max_steps, restart_every=self.restart_every, warm_start_steps=self.warm_start_steps
-        )
+        return restarts_done(step, **self._restarts)
 
 
 def accumulation_steps(config: Config, world_size: int) -> int:

@@ -118,6 +118,29 @@ def _base_dtype(c: Config) -> str | None:
     )
 
 
+def _sync(c: Config) -> str | None:
+    if c.relora.sync == "step":
+        return None
+    every, since = c.relora.restart_every, c.training.max_steps - c.relora.warm_start_steps
+    if c.training.method != "relora" or every is None:
+        return "relora.sync = restart: needs training.method relora and relora.restart_every, the processes meet there"
+    if since % every:
+        return (
+            f"relora.sync = restart: training.max_steps = {c.training.max_steps} must be relora.warm_start_steps "
+            f"plus a multiple of relora.restart_every = {every}, so that the processes meet at the end"
+        )
+    return None
+
+
+def _outer(c: Config) -> str | None:
+    defaults = type(c.relora)()
+    for key in ("outer_learning_rate", "outer_momentum"):
+        value = getattr(c.relora, key)
+        if c.relora.sync == "step" and value != getattr(defaults, key):
+            return f"relora.{key} = {value}: goes with relora.sync = restart only"
+    return None
+
+
 def _document_mask(c: Config) -> str | None:
     kernel = c.model.attn_implementation
     if not c.data.document_mask or kernel in ("eager", "sdpa"):
@@ -146,6 +169,11 @@ RULES = (
     Rule(("training.trainable", "training.method"), _trainable),
     Rule(("lora.target_modules",), _targets),
     Rule(("lora.base_dtype", "training.method"), _base_dtype),
+    Rule(
+        ("relora.sync", "training.method", "relora.restart_every", "relora.warm_start_steps", "training.max_steps"),
+        _sync,
+    ),
+    Rule(("relora.sync", "relora.outer_learning_rate", "relora.outer_momentum"), _outer),
     Rule(("data.document_mask", "model.attn_implementation"), _document_mask),
     Rule(("model.attn_implementation", "training.mixed_precision"), _flash),
 )

@@ -114,6 +114,15 @@ class ReloraSection(Section):
     prune_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="share of the moments that magnitude and random set to zero"
     )
+    sync: Literal["step", "restart"] = Field(
+        "step",
+        description="step: gradients travel at every update; restart: each process trains factors of its own, "
+        "and they meet at restarts (DDP only)",
+    )
+    outer_learning_rate: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="sync restart: the mean of the processes' updates is applied times this"
+    )
+    outer_momentum: Beta = Field(0.0, description="sync restart: Nesterov momentum of the mean updates")
 
 
 class OptimSection(Section):
@@ -152,6 +161,11 @@ class TrainingSection(Section):
     )
     mixed_precision: Literal["no", "bf16"] = Field(
         "bf16", description="bf16: fp32 parameters, bf16 autocast", json_schema_extra=HOW
+    )
+    sync_each_batch: bool = Field(
+        True,
+        description="FSDP2: reduce gradients after each micro-batch; false: once an update, held whole until then",
+        json_schema_extra=HOW,
     )
     num_processes: Count | None = Field(
         None, description="when set, another world size is refused", json_schema_extra=HOW

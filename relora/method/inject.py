@@ -12,10 +12,12 @@ from relora.method.store import TorchStore
 from relora.method.targets import find_modules, find_targets
 
 
-def inject_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 0, reinit: Reinit = "kaiming") -> Census:
+def inject_lora(
+    model: nn.Module, config: LoRAConfig, *, seed: int = 0, reinit: Reinit = "kaiming", stream: int = 0
+) -> Census:
     """Wrap the target layers of `model` in place, and freeze what `config` does not train.
 
-    The function of the model does not change: B = 0. A is drawn from (seed, index 0, name) and is not 0.
+    The function of the model does not change: B = 0. A is drawn from (seed, index 0, name, stream) and is not 0.
 
     Returns:
         What is now wrapped, trained in full and frozen.
@@ -34,15 +36,16 @@ def inject_lora(model: nn.Module, config: LoRAConfig, *, seed: int = 0, reinit: 
     for name in targets:
         model.set_submodule(name, LoRALinear.from_linear(model.get_submodule(name), config))
     for name, layer in lora_layers(model).items():
-        draw_into(layer, reinit=reinit, seed=seed, index=0, name=name)
+        draw_into(layer, reinit=reinit, seed=seed, index=0, name=name, stream=stream)
     return census(model)
 
 
 @torch.no_grad()
-def draw_into(layer: LoRALinear, *, reinit: Reinit, seed: int, index: int, name: str) -> None:
+def draw_into(layer: LoRALinear, *, reinit: Reinit, seed: int, index: int, name: str, stream: int) -> None:
     """Draw the layer's A for the given key; nothing to do on the meta device, where there are no values."""
     if not layer.lora_A.is_meta:
-        layer.lora_A.copy_(draw_lora_A(layer.r, layer.in_features, reinit=reinit, seed=seed, index=index, name=name))
+        r, d_in = layer.lora_A.shape
+        layer.lora_A.copy_(draw_lora_A(r, d_in, reinit=reinit, seed=seed, index=index, name=name, stream=stream))
 
 
 def merge_lora(model: nn.Module) -> nn.Module:

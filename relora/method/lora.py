@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from relora.method.names import canonical
 
+FACTORS = ("lora_A", "lora_B")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
@@ -116,8 +118,18 @@ class LoRALinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, scale={self.scale:g}"
 
 
-def lora_delta(A: Tensor, B: Tensor, scale: float, *, transposed: bool) -> Tensor:
-    """The one place where the update is formed: scale * B @ A, in at least fp32 whatever surrounds the call."""
+def lora_delta(A: Tensor, B: Tensor, scale: float, *, transposed: bool, rows: slice = slice(None)) -> Tensor:
+    """The one place where the update is formed: scale * B @ A, in at least fp32 whatever surrounds the call.
+
+    Args:
+        A: (r, d_in).
+        B: (d_out, r).
+        rows: of the weight, for a process that holds only these.
+    """
+    if transposed:
+        A = A[:, rows]
+    else:
+        B = B[rows]
     dtype = torch.promote_types(A.dtype, torch.float32)
     with _full_precision(A.device.type):
         delta = (B.to(dtype) @ A.to(dtype)).mul_(scale)
@@ -158,6 +170,11 @@ def is_linear(module: nn.Module) -> bool:
 
 def _is_class(module: nn.Module, home: str, name: str) -> bool:
     return (type(module).__module__, type(module).__name__) == (home, name)
+
+
+def factor_names(model: nn.Module) -> set[str]:
+    """Canonical names of the A and B of every wrapped layer."""
+    return {f"{name}.{which}" for name in lora_layers(model) for which in FACTORS}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -93,6 +93,9 @@ def reset_state(
 
     Returns:
         (entries that are zero afterwards, entries), read back and summed over the moments.
+
+    Raises:
+        RuntimeError: `zero` reads back moments or a step count that are not.
     """
     pruned = {
         "zero": lambda values: torch.ones_like(values, dtype=torch.bool),
@@ -105,9 +108,12 @@ def reset_state(
         for slot, values in slots.items():
             store.write_slot(optimizer, parameter, slot, values.masked_fill(mask, 0))
     if mode == "zero":
-        store.reset_step(optimizer, parameter)
+        store.write_step(optimizer, parameter, 0)
     after = store.slots(optimizer, parameter).values()
-    return sum(int((values == 0).sum()) for values in after), sum(values.numel() for values in after)
+    num_zero, num_entries = sum(int((values == 0).sum()) for values in after), sum(values.numel() for values in after)
+    if mode == "zero" and (num_zero < num_entries or store.step(optimizer, parameter) != 0):
+        raise RuntimeError(f"a reset of {num_entries} moments reads back with {num_entries - num_zero} that are not 0")
+    return num_zero, num_entries
 
 
 def smallest(values: Tensor, ratio: float) -> Tensor:

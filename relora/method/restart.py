@@ -4,15 +4,16 @@ arXiv 2307.05695, Algorithm 1. Layer by layer and in place: the storage of a par
 temporaries are those of one layer.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora.method.lora import LoRALinear, lora_layers
+from relora.method.lora import FACTORS, LoRALinear, lora_layers
 from relora.method.merge import merge_layer
 from relora.method.optimizer import OptimizerReset, prune_generator, require_state, reset_state
 from relora.method.reinit import Reinit, draw_lora_A, require_reinit
@@ -47,6 +48,8 @@ def restart(
     optimizer_reset: OptimizerReset = "zero",
     prune_ratio: float = 0.9,
     store: Store | None = None,
+    stream: int = 0,
+    outer: Callable[[str, Tensor], Tensor] | None = None,
 ) -> RestartReport:
     """Merge every update into its W, draw A afresh, zero B, and reset their optimizer state.
 
@@ -57,10 +60,13 @@ def restart(
         seed, index: the key of the draws; `index` counts restarts from 1 (0 is the draw at injection).
         prune_ratio: for `magnitude` and `random`, in (0, 1].
         store: how to reach parameters and state; plain torch unless an engine brings its own.
+        stream: which of several independent draws; processes that train apart take their rank.
+        outer: called with a layer's name and delta; what it returns is merged.
 
     Raises:
         ValueError: no LoRA layers, a bad option, a factor without optimizer state (unless `keep`), a DTensor
             or a DeepSpeed parameter. Nothing has been changed then.
+        RuntimeError: something reads back otherwise than it was written.
     """
     store, layers = store or TorchStore(), lora_layers(model)
     factors = {f"{name}.{which}": getattr(layer, which) for name, layer in layers.items() for which in FACTORS}
@@ -72,10 +78,10 @@ def restart(
 
     merged = []
     for name, layer in layers.items():
-        merged.append(merge_layer(layer, store))
-        A = draw_lora_A(layer.r, layer.in_features, reinit=reinit, seed=seed, index=index, name=name)
-        store.write(layer.lora_A, A)
-        store.write(layer.lora_B, torch.zeros(layer.out_features, layer.r))
+        merged.append(merge_layer(layer, store, outer=partial(outer, name) if outer else None))
+        A = draw_lora_A(layer.r, layer.in_features, reinit=reinit, seed=seed, index=index, name=name, stream=stream)
+        _write(store, f"{name}.lora_A", layer.lora_A, A)
+        _write(store, f"{name}.lora_B", layer.lora_B, torch.zeros(layer.out_features, layer.r))
     zeroed = [
         reset_state(
             optimizer,
@@ -90,7 +96,12 @@ def restart(
     return _report(merged, zeroed)
 
 
-FACTORS = ("lora_A", "lora_B")
+def _write(store: Store, name: str, factor: nn.Parameter, values: Tensor) -> None:
+    """Write a factor, and read back every copy: one that kept the old values would bring them back later."""
+    store.write(factor, values)
+    for copy, part in store.copies(factor).items():
+        if not torch.equal(part.values, part.of(values).to(part.values)):
+            raise RuntimeError(f"{name}: the {copy} does not hold what the restart has written")
 
 
 def _report(merged: list[tuple[float, float]], zeroed: list[tuple[int, int]]) -> RestartReport:

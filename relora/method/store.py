@@ -1,10 +1,29 @@
-"""How a restart reaches parameters and optimizer state. Each engine has a store; this is plain torch's."""
+"""How parameters and optimizer state are reached. Each engine has a store; this is plain torch's."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class Part:
+    """The entries of a full tensor that this process holds: start, start + 1, ... of its flattened entries.
+
+    Attributes:
+        values: of any shape; writing into it changes what the engine holds.
+        start: place of the first of them in the flattened full tensor.
+    """
+
+    values: Tensor
+    start: int
+
+    def of(self, full: Tensor) -> Tensor:
+        """The same entries of another full tensor, in the shape of `values`."""
+        return full.flatten()[self.start : self.start + self.values.numel()].view(self.values.shape)
 
 
 class Store(Protocol):
@@ -13,8 +32,8 @@ class Store(Protocol):
     def check(self, parameter: nn.Parameter) -> None:
         """ValueError if this store cannot reach the parameter. Costs nothing: asked before anything is changed."""
 
-    def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
-        """Whether the optimizer holds moments and a step count of the parameter. Costs nothing."""
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Shape of the full parameter."""
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         """The full values as the model computes with them. May alias the parameter: copy before a write."""
@@ -22,14 +41,29 @@ class Store(Protocol):
     def write(self, parameter: nn.Parameter, values: Tensor) -> None:
         """Set the full values, in every copy that the engine keeps, in place. Rounds to the parameter's dtype."""
 
+    def copies(self, parameter: nn.Parameter) -> Mapping[str, Part]:
+        """This process's part of every copy that the engine keeps, by name; what the model computes with first."""
+
+    def total(self, parameter: nn.Parameter, values: Tensor) -> Tensor:
+        """Sums over the parts of the parameter of what each process measured on its own part."""
+
+    def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+        """Whether the optimizer holds moments and a step count of the parameter. Costs nothing."""
+
     def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The full moments of the parameter by name (exp_avg, exp_avg_sq, ...); empty if it has none yet."""
 
     def write_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str, values: Tensor) -> None:
         """Set one full moment, in place."""
 
-    def reset_step(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
-        """Set the step count, from which Adam takes its bias correction, to zero."""
+    def step(self, optimizer: Optimizer, parameter: nn.Parameter) -> float:
+        """The step count, from which Adam takes its bias correction; 0 without state."""
+
+    def write_step(self, optimizer: Optimizer, parameter: nn.Parameter, step: float) -> None:
+        """Set the step count."""
+
+    def make_state(self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, torch.dtype]) -> None:
+        """Give the parameter moments of these names and a step count, all zero, before its first update."""
 
 
 class TorchStore:
@@ -38,8 +72,8 @@ class TorchStore:
     def check(self, parameter: nn.Parameter) -> None:
         refuse_sharded(parameter)
 
-    def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
-        return "step" in optimizer.state.get(parameter, {}) and bool(self.slots(optimizer, parameter))
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        return parameter.shape
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         return parameter.detach()
@@ -48,27 +82,60 @@ class TorchStore:
     def write(self, parameter: nn.Parameter, values: Tensor) -> None:
         parameter.copy_(values)
 
+    def copies(self, parameter: nn.Parameter) -> Mapping[str, Part]:
+        return {"parameter": Part(parameter.detach(), 0)}
+
+    def total(self, parameter: nn.Parameter, values: Tensor) -> Tensor:  # noqa: ARG002 (the one part is the whole)
+        return values
+
+    def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+        return "step" in optimizer.state.get(parameter, {}) and bool(self.slots(optimizer, parameter))
+
     def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state = optimizer.state.get(parameter, {})
-        moments = {
-            name: value
-            for name, value in state.items()
-            if isinstance(value, Tensor) and value.shape == parameter.shape and name != "step"
-        }
-        coded = [name for name, value in moments.items() if not value.is_floating_point()]
-        if coded:
-            raise ValueError(f"the optimizer keeps {', '.join(coded)} in codes: zero as a code is not zero as a value")
-        return moments
+        return moments(optimizer.state.get(parameter, {}), parameter.shape)
 
     def write_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str, values: Tensor) -> None:
         optimizer.state[parameter][slot].copy_(values)
 
-    def reset_step(self, optimizer: Optimizer, parameter: nn.Parameter) -> None:
-        state = optimizer.state[parameter]
-        if isinstance(state["step"], Tensor):
-            state["step"].zero_()
-        else:
-            state["step"] = 0
+    def step(self, optimizer: Optimizer, parameter: nn.Parameter) -> float:
+        return float(optimizer.state.get(parameter, {}).get("step", 0))
+
+    def write_step(self, optimizer: Optimizer, parameter: nn.Parameter, step: float) -> None:
+        set_step(optimizer.state[parameter], step)
+
+    def make_state(self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, torch.dtype]) -> None:
+        optimizer.state[parameter] = fresh_state(parameter.detach(), slots)
+
+
+def moments(state: Mapping[str, Any], shape: torch.Size) -> dict[str, Tensor]:
+    """The entries of an optimizer's state that are moments, of the shape of what is optimized.
+
+    Raises:
+        ValueError: they are codes of a quantised optimizer.
+    """
+    found = {
+        name: value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.shape == shape and name != "step"
+    }
+    coded = [name for name, value in found.items() if not value.is_floating_point()]
+    if coded:
+        raise ValueError(f"the optimizer keeps {', '.join(coded)} in codes: zero as a code is not zero as a value")
+    return found
+
+
+def set_step(state: dict[str, Any], step: float) -> None:
+    """Set Adam's step count, which torch keeps as a tensor and others as a number."""
+    if isinstance(state["step"], Tensor):
+        state["step"].fill_(step)
+    else:
+        state["step"] = type(state["step"])(step)
+
+
+def fresh_state(optimized: Tensor, slots: Mapping[str, torch.dtype]) -> dict[str, Any]:
+    """State as torch's AdamW makes it at its first step."""
+    made = {slot: torch.zeros_like(optimized, dtype=dtype) for slot, dtype in slots.items()}
+    return {"step": torch.tensor(0.0, dtype=torch.float32), **made}
 
 
 def refuse_sharded(parameter: nn.Parameter) -> None:

@@ -36,7 +36,7 @@ NOT_PART_OF_THE_RUN = {
     *("data.prepared_dir", "data.num_proc", "data.num_workers"),
     *("training.per_device_batch_size", "training.per_device_eval_batch_size", "training.mixed_precision"),
     *("training.num_processes", "training.eval_steps", "training.save_steps", "training.save_total_limit"),
-    *("training.logging_steps", "training.probe_steps"),
+    *("training.logging_steps", "training.probe_steps", "training.sync_each_batch"),
 }
 
 
@@ -347,7 +347,27 @@ def test_a_rule_is_silent_while_one_of_its_keys_is_wrong() -> None:
 
 # --- the rules that join keys: what breaks each, the line, and its edge
 
+SYNC = ("relora.sync", "training.method", "relora.restart_every", "relora.warm_start_steps", "training.max_steps")
 JOINED: list[tuple[tuple[str, ...], dict[str, Any], str, dict[str, Any]]] = [
+    (
+        SYNC,
+        {"relora": {"sync": "restart", "restart_every": None}},
+        "relora.sync = restart: needs training.method relora and relora.restart_every, the processes meet there",
+        {"relora": {"sync": "restart"}},
+    ),
+    (
+        SYNC,
+        {"relora": {"sync": "restart", "warm_start_steps": 1}},
+        "relora.sync = restart: training.max_steps = 20000 must be relora.warm_start_steps plus a multiple of "
+        "relora.restart_every = 2000, so that the processes meet at the end",
+        {"relora": {"sync": "restart", "warm_start_steps": 2000}},
+    ),
+    (
+        ("relora.sync", "relora.outer_learning_rate", "relora.outer_momentum"),
+        {"relora": {"outer_momentum": 0.9}},
+        "relora.outer_momentum = 0.9: goes with relora.sync = restart only",
+        {"relora": {"sync": "restart", "outer_momentum": 0.9, "outer_learning_rate": 0.7}},
+    ),
     (
         ("model.config", "model.name_or_path"),
         {"model": {"name_or_path": "gpt2"}},
