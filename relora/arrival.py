@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from relora.config.derived import Plan
 from relora.data import PreparedData, eval_batches, probe_batch
-from relora.method.lora import lora_layers
-from relora.method.restart import restart
+from relora.method.lora import lora_delta, lora_layers
 from relora.runtime.checkpoint import Checkpoints
 from relora.runtime.engines import Engine, Live
 from relora.runtime.evaluate import held_out_loss, perplexity
@@ -68,18 +67,16 @@ class Arrival:
     def _restart(self, step: int) -> None:
         relora, index = self.plan.config.relora, self.plan.restarts_done(step)
         before, start_s = self._probe_loss(), time.perf_counter()
-        report = restart(
-            self.live.model,
-            self.live.optimizer,
+        report = self.engine.restart(
+            self.live,
             seed=self.plan.config.seed,
             index=index,
             reinit=relora.reinit,
             optimizer_reset=relora.optimizer_reset,
             prune_ratio=relora.prune_ratio,
-            store=self.engine.store,
         )
         seconds = time.perf_counter() - start_s
-        if not self.engine.same_everywhere(checksum(self.live.model)):
+        if not self.engine.processes.same_everywhere(checksum(self.live.model, self.engine)):
             raise RuntimeError(f"after the restart at step {step} the processes hold different weights")
         probes = {"probe_loss_before": before, "probe_loss_after": self._probe_loss()}
         self.tracker.line({"step": step, "restart": index} | asdict(report) | {"restart_seconds": seconds} | probes)
@@ -99,8 +96,8 @@ class Arrival:
             self.data,
             config.data,
             batch_size=config.training.per_device_eval_batch_size or config.training.per_device_batch_size,
-            rank=self.engine.rank,
-            world_size=self.engine.world_size,
+            rank=self.engine.processes.rank,
+            world_size=self.engine.processes.world_size,
         )
         loss = held_out_loss(self.live, self.engine, batches)
         self.tracker.line({"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
@@ -113,7 +110,7 @@ class Arrival:
         tokenizer = self.data.tokenizer()
         ids = probe_batch(self.data, self.plan.config.data, batch_size=NUM_PROMPTS)["input_ids"][:, :PROMPT_TOKENS]
         for number, prompt in enumerate(tokenizer.batch_decode(ids, skip_special_tokens=True)):
-            with self.engine.autocast():
+            with self.engine.inference(self.live):
                 text = sample_text(
                     self.live.model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=number
                 )
@@ -144,15 +141,22 @@ class Arrival:
         names = [list(layers)[place] for place in places]
         spectra = {}
         for name in names:
-            W = self.engine.store.read(layers[name].weight)
+            layer, store = layers[name], self.engine.store
+            A, B, W = (store.read(parameter) for parameter in (layer.lora_A, layer.lora_B, layer.weight))
             if self.stage_start:
-                learned = W + layers[name].delta() - self.stage_start[f"{name}.weight"].to(W.device)
+                learned = W + lora_delta(A, B, layer.scale, transposed=layer.transposed).to(W.device)
+                learned -= self.stage_start[f"{name}.weight"].to(W.device)
                 spectra[name] = torch.linalg.svdvals(learned).cpu()
         return spectra
 
 
-def checksum(model: nn.Module) -> str:
-    """Sums of W and A of every wrapped layer, in float64: the same on all ranks after a restart."""
-    layers = lora_layers(model).values()
-    sums = [p.detach().double().sum() for layer in layers for p in (layer.weight, layer.lora_A)]
-    return str(torch.stack(sums).tolist())
+def checksum(model: nn.Module, engine: Engine) -> str:
+    """Sums of A, and of W where every rank holds it whole, in float64: the same on all ranks after a restart."""
+    sums, store = [], engine.store
+    for layer in lora_layers(model).values():
+        [W] = store.copies(layer.weight).values()
+        if W.values.numel() == store.shape(layer.weight).numel():
+            sums.append(W.values.sum(dtype=torch.float64))
+        if not engine.is_apart:
+            sums.append(store.read(layer.lora_A).sum(dtype=torch.float64))
+    return str([value.item() for value in sums])

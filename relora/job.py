@@ -20,8 +20,7 @@ from relora.method.census import census
 from relora.method.inject import inject_lora
 from relora.method.targets import find_modules, find_targets
 from relora.model import load_hf_config, model_problems, refusal, said_of, skeleton
-from relora.runtime.engines import is_first_on_node, launched_world_size, refused_launches
-from relora.runtime.engines.base import check_world
+from relora.runtime.engines import check_world, is_first_on_node, launch_refusals, launched_world_size
 from relora.runtime.folder import RunFolder, same_run_problems
 from relora.runtime.restore import complete_checkpoints, open_checkpoint, read_manifest, verify_checkpoint
 from relora.runtime.state import State
@@ -78,7 +77,7 @@ def launch_problems(config: Config) -> list[str]:
     """What is wrong with the processes that the launcher started."""
     world_size = launched_world_size()
     return [
-        *refused_launches(),
+        *launch_refusals(config, world_size),
         *_problems_of(lambda: check_world(world_size, config.training.num_processes)),
         *_problems_of(lambda: accumulation_steps(config, world_size)),
     ]

@@ -68,8 +68,8 @@ class Loop:
         set_learning_rate(self.live.optimizer, self.plan.learning_rate(clock.step))
         batches = next(self.batches)
         seed = self.plan.config.seed
-        seeds = [micro_batch_seed(seed, clock.samples_seen, self.engine.rank, i) for i in range(len(batches))]
-        return self.engine.update(self.live, batches, seeds=seeds, max_grad_norm=self.plan.config.optim.max_grad_norm)
+        seeds = [micro_batch_seed(seed, clock.samples_seen, self.engine.processes.rank, i) for i in range(len(batches))]
+        return self.engine.update(self.live, batches, seeds=seeds, stop=False)
 
     def _log(self, clock: Clock, update: Update, meter: "_Meter") -> None:
         config = self.plan.config
@@ -87,7 +87,7 @@ class Loop:
             "grad_norm": update.grad_norm,
             "tokens_per_second": tokens_per_update / step_seconds,
             "step_seconds": step_seconds,
-            "peak_memory_bytes": peak_memory_bytes(self.engine.device),
+            "peak_memory_bytes": peak_memory_bytes(self.engine.processes.device),
         }
         self.tracker.line(line)
         self.tracker.progress(

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from relora.config import DataSection, ModelSection, UserError, raise_if_any
 
@@ -82,8 +83,15 @@ def build_model(section: ModelSection, hf_config: PretrainedConfig, *, seed: int
 
 
 def empty_model(section: ModelSection, hf_config: PretrainedConfig) -> PreTrainedModel:
-    """The model in float32 on the CPU, its weights about to be overwritten from a state."""
-    return _from_config(section, hf_config)
+    """The model in float32 on the CPU, its parameters without values, and so without memory of their own yet.
+
+    The system gives a page of memory when it is first written to. An engine that shards the parameters only
+    ever writes this rank's share.
+    """
+    with no_init_weights():
+        model = _from_config(section, hf_config)
+    model.tie_weights()
+    return model
 
 
 def _from_config(section: ModelSection, hf_config: PretrainedConfig) -> PreTrainedModel:
@@ -147,8 +155,7 @@ def _sees(
     was_training, device = model.training, next(model.parameters()).device
     places = {"position_ids": positions[None].to(device)} if "position_ids" in _arguments(model) else {}
     model.eval()
-    # Not model(...): a compiled model would be compiled for this length too.
-    one, two = (model.forward(input_ids=x.to(device), **places).logits[:, seen_from].float() for x in (ids, other))
+    one, two = (model(input_ids=x.to(device), **places).logits[:, seen_from].float() for x in (ids, other))
     model.train(was_training)
     return not torch.allclose(one, two, atol=1e-5)
 

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PretrainedConfig
 
 from relora.config import Config
 from relora.config.derived import Plan, lora_config
@@ -13,10 +15,12 @@ from relora.method.inject import inject_lora
 from relora.method.names import named_parameters
 from relora.method.optimizer import build_optimizer
 from relora.method.schedule import StageName
-from relora.model import build_model, empty_model
+from relora.method.store import Store
+from relora.model import empty_model
 from relora.runtime.engines import Engine, Live
-from relora.runtime.rebuild import load_weights, persistent_buffers
+from relora.runtime.rebuild import load_weights
 from relora.runtime.state import Clock, State
+from relora.runtime.weights import Handover, first_weights
 
 
 @dataclass(frozen=True)
@@ -43,33 +47,26 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
     A fresh state draws or downloads the weights; one of another stage gives its weights alone; one of this
     stage gives everything.
     """
-    model = _model(stage, state, config, hf_config)
-    state.free()
+    model = empty_model(config.model, hf_config)
+    if stage.is_low_rank:
+        inject_lora(model, lora_config(config), seed=config.seed, reinit=config.relora.reinit, stream=engine.stream)
+    else:
+        freeze_untrained(model, config.training.trainable)
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    wrapped = engine.prepare(model, compiled=config.model.torch_compile)
-    optim = config.optim
-    optimizer = build_optimizer(
-        model,
-        name=optim.name,
-        learning_rate=optim.learning_rate,
-        adam_beta1=optim.adam_beta1,
-        adam_beta2=optim.adam_beta2,
-        adam_epsilon=optim.adam_epsilon,
-        weight_decay=optim.weight_decay,
-    )
-    live = Live(model=model, wrapped=wrapped, optimizer=optimizer)
+    live = engine.prepare(model, partial(_optimizer, config=config))
+    weights = first_weights(config, hf_config, engine.processes) if state.stage is None else state.weights
+    load_weights(live.model, weights, engine.store, factors=state.stage == stage.name)
     if state.stage == stage.name:
-        _load_optimizer(live, state, engine)
+        _load_optimizer(live, state, engine.store)
     return live
 
 
 def switch(live: Live, engine: Engine, clock: Clock) -> State:
     """What a stage hands to the next: its weights. The optimizer, the gradients and the hooks stay behind."""
-    tensors: dict[str, Tensor] = dict(persistent_buffers(live.model))
-    tensors |= {name: engine.store.read(parameter) for name, parameter in named_parameters(live.model).items()}
-    return State(clock=clock, stage="warm_start", weights={name: values.cpu() for name, values in tensors.items()})
+    engine.release(live)
+    return State(clock=clock, stage="warm_start", weights=Handover(live.model, engine.store))
 
 
 def freeze_untrained(model: nn.Module, trainable: str | None) -> None:
@@ -86,23 +83,24 @@ def freeze_untrained(model: nn.Module, trainable: str | None) -> None:
         parameter.requires_grad_(name in chosen)
 
 
-def _model(stage: Stage, state: State, config: Config, hf_config: PretrainedConfig) -> PreTrainedModel:
-    if state.stage is None:
-        model = build_model(config.model, hf_config, seed=config.seed)
-    else:
-        model = empty_model(config.model, hf_config)
-        if state.stage != stage.name:
-            load_weights(model, state.weights)
-    if stage.is_low_rank:
-        inject_lora(model, lora_config(config), seed=config.seed, reinit=config.relora.reinit)
-    else:
-        freeze_untrained(model, config.training.trainable)
-    if state.stage == stage.name:
-        load_weights(model, state.weights)
-    return model
+def _optimizer(model: nn.Module, config: Config) -> Optimizer:
+    optim = config.optim
+    return build_optimizer(
+        model,
+        name=optim.name,
+        learning_rate=optim.learning_rate,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_epsilon=optim.adam_epsilon,
+        weight_decay=optim.weight_decay,
+    )
 
 
-def _load_optimizer(live: Live, state: State, engine: Engine) -> None:
+def _load_optimizer(live: Live, state: State, store: Store) -> None:
     parameters: Mapping[str, nn.Parameter] = named_parameters(live.model)
     for name, moments in state.moments.items():
-        engine.write_state(live.optimizer, parameters[name], moments, state.steps[name])
+        parameter = parameters[name]
+        store.make_state(live.optimizer, parameter, {slot: values.dtype for slot, values in moments.items()})
+        for slot, values in moments.items():
+            store.write_slot(live.optimizer, parameter, slot, values)
+        store.write_step(live.optimizer, parameter, state.steps[name])

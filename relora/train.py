@@ -53,14 +53,14 @@ def _train(job: Job, what: Callable[[Job, Engine, State], None]) -> None:
     state = newest_state(job)
     engine = connect(job.config)
     _agree(job, engine, state)
-    if engine.rank == 0:
+    if engine.processes.rank == 0:
         _announce(job, engine, state)
     what(job, engine, state)
-    engine.close()
+    engine.processes.close()
 
 
 def _run(job: Job, engine: Engine, state: State) -> None:
-    training, writes = job.config.training, engine.rank == 0
+    training, writes = job.config.training, engine.processes.rank == 0
     checkpoints = Checkpoints(job.folder.checkpoints, limit=training.save_total_limit, writes=writes)
     if writes:
         checkpoints.remove_leftovers()
@@ -74,7 +74,7 @@ def _run(job: Job, engine: Engine, state: State) -> None:
                 state = _run_stage(stage, state, job=job, engine=engine, tracker=tracker, checkpoints=checkpoints)
     if writes:
         print(finish(job), flush=True)
-    engine.barrier()
+    engine.processes.barrier()
 
 
 def _run_stage(
@@ -83,8 +83,13 @@ def _run_stage(
     """Build the stage from `state`, train it to its end, and hand on what the next one needs."""
     clock, cycle, begins = state.clock, state.cycle, state.stage != stage.name
     live = build(stage, state, config=job.config, hf_config=job.hf_config, engine=engine)
-    with engine.autocast():
+    with engine.inference(live):
         raise_if_any(attention_problems(live.model, job.vocab_size, document_mask=job.config.data.document_mask))
+    if job.config.model.torch_compile:
+        engine.compile(live)
+    if engine.processes.device.type == "cuda":
+        # The peak that is logged is that of the stage: the warm start's would hide the low-rank one's.
+        torch.cuda.reset_peak_memory_stats(engine.processes.device)
     arrival = _begin(stage, live, is_new=begins, job=job, engine=engine, tracker=tracker, checkpoints=checkpoints)
     if begins:
         arrival(clock)
@@ -96,10 +101,10 @@ def _run_stage(
         start=clock.samples_seen,
         global_batch_size=training.global_batch_size,
         per_device_batch_size=training.per_device_batch_size,
-        rank=engine.rank,
-        world_size=engine.world_size,
+        rank=engine.processes.rank,
+        world_size=engine.processes.world_size,
         num_workers=job.config.data.num_workers,
-        pin_memory=engine.device.type == "cuda",
+        pin_memory=engine.processes.device.type == "cuda",
     )
     loop = Loop(plan=job.plan, engine=engine, live=live, tracker=tracker, batches=batches, arrive=arrival)
     with closing(batches):  # ends the processes that read ahead
@@ -111,7 +116,7 @@ def _begin(
     stage: Stage, live: Live, *, is_new: bool, job: Job, engine: Engine, tracker: Tracker, checkpoints: Checkpoints
 ) -> Arrival:
     """Say and keep what the stage starts from, and set up its housekeeping."""
-    folder, counted, is_first_rank = job.folder, census(live.model), engine.rank == 0
+    folder, counted, is_first_rank = job.folder, census(live.model), engine.processes.rank == 0
     tracker.say(f"{_title(stage)}\n{counted.table()}")
     if is_first_rank:
         write_json(folder.path / f"census_{stage.name}.json", counted.as_dict())
@@ -136,18 +141,19 @@ def _rehearse(job: Job, engine: Engine, state: State) -> None:
     live = build(stage, state, config=job.config, hf_config=job.hf_config, engine=engine)
     samples = job.data.samples(job.config.data, job.config.seed)
     batch = samples.__getitems__(range(job.config.training.per_device_batch_size))
-    loss = engine.token_losses(live, batch).item() / max(1, num_label_tokens(batch))
-    if engine.rank == 0:
+    with engine.inference(live):
+        loss = engine.token_losses(live, batch).item() / max(1, num_label_tokens(batch))
+    if engine.processes.rank == 0:
         print(f"{_title(stage)}\n{census(live.model).table()}")
         print(f"dry run: built, one forward pass, loss {loss:.4f} nats. Nothing was written to {job.folder.path}")
 
 
 def _agree(job: Job, engine: Engine, state: State) -> None:
     """UserError if the processes hold other data or settings, or would go on from another state."""
-    if not engine.same_everywhere(job.data.manifest.content_hash):
+    if not engine.processes.same_everywhere(job.data.manifest.content_hash):
         raise UserError(["data: the processes of this launch hold different prepared data; compare the sources"])
     here = [job.about["fingerprint"], job.config.training.per_device_batch_size, state.stage, asdict(state.clock)]
-    if not engine.same_everywhere(json.dumps(here)):
+    if not engine.processes.same_everywhere(json.dumps(here)):
         raise UserError(
             [
                 f"output_dir = {job.config.output_dir}: the processes of this launch have different settings, or see "
@@ -158,13 +164,13 @@ def _agree(job: Job, engine: Engine, state: State) -> None:
 
 def _announce(job: Job, engine: Engine, state: State) -> None:
     """The first line says what really runs; then what it will do."""
-    training = job.config.training
+    training, processes = job.config.training, engine.processes
     print(
-        f"relora {relora.__version__}: engine {engine.name}, world size {engine.world_size}, device {engine.device}, "
-        f"mixed precision {training.mixed_precision}, torch {torch.__version__}"
+        f"relora {relora.__version__}: engine {engine.name}, world size {processes.world_size}, "
+        f"device {processes.device}, mixed precision {training.mixed_precision}, torch {torch.__version__}"
     )
     print(job.data.summary())
-    numbers = derived_numbers(job.config, engine.world_size)
+    numbers = derived_numbers(job.config, engine.processes.world_size)
     print(", ".join(f"{key} {value:,}" for key, value in numbers.items()))
     if training.method == "full":
         print("training.method = full: the settings of relora and lora are not used")
@@ -174,7 +180,7 @@ def _announce(job: Job, engine: Engine, state: State) -> None:
 
 def _open_folder(job: Job, engine: Engine, state: State) -> None:
     job.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    numbers = derived_numbers(job.config, engine.world_size)
+    numbers = derived_numbers(job.config, engine.processes.world_size)
     settings = job.config.model_copy(update={"model": job.resolved_model})
     job.folder.write_config(settings, identity=job.identity, numbers=numbers)
     job.data.tokenizer().save_pretrained(job.folder.tokenizer)

@@ -17,6 +17,7 @@ import huggingface_hub.constants
 import pytest
 from filelock import FileLock
 
+import relora.runtime.weights
 import relora.stages
 import relora.tools.models
 import relora.train
@@ -57,7 +58,8 @@ SETTINGS: dict[str, Any] = {
     },
 }
 PROJECTIONS = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
-LAUNCHES = "relora has the engines of one process and DDP; use launch/cpu.yaml, cpu_ddp.yaml, one_gpu.yaml or ddp.yaml"
+FSDP_1 = "FSDP: fsdp_version 1 cannot hold frozen and trained weights in one unit; set fsdp_version: 2"
+LAUNCHES = "relora has one process, DDP, FSDP2 and DeepSpeed ZeRO; use one of the files in launch/"
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _no_model_is_built(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module, name in [
         (relora.train, "build"),
-        (relora.stages, "build_model"),
+        (relora.runtime.weights, "build_model"),
         (relora.stages, "empty_model"),
         (relora.tools.models, "merged_model"),
     ]:
@@ -322,13 +324,13 @@ SURROUNDINGS = {
     ),
     "launch for FSDP": Case(
         [],
-        [f"the launcher asks for FSDP (ACCELERATE_USE_FSDP=true): {LAUNCHES}"],
+        [FSDP_1],
         {"ACCELERATE_USE_FSDP": "true"},
     ),
     "launch for DeepSpeed": Case(
         [],
-        [f"the launcher asks for DeepSpeed (ACCELERATE_USE_DEEPSPEED=true): {LAUNCHES}"],
-        {"ACCELERATE_USE_DEEPSPEED": "true"},
+        [f"the launcher asks for Megatron-LM (ACCELERATE_USE_MEGATRON_LM=true): {LAUNCHES}"],
+        {"ACCELERATE_USE_MEGATRON_LM": "true"},
     ),
     "missing source": Case(
         [sources("./txet.jsonl")],
@@ -403,7 +405,7 @@ SURROUNDINGS = {
     "all mistakes of the surroundings": Case(
         [sources("./txet.jsonl", "empty.jsonl"), "model.config=nothing.json", "training.num_processes=1"],
         [
-            f"the launcher asks for FSDP (ACCELERATE_USE_FSDP=true): {LAUNCHES}",
+            FSDP_1,
             "training.num_processes = 1: the launcher started 3",
             "training.global_batch_size = 4: must be a multiple of <...> = 6",
             "data.sources<...>0<...>./txet.jsonl<...>: no such file or folder; nearest is 'text.jsonl'",

@@ -49,7 +49,7 @@ class Checkpoints:
         trained = {name: p for name, p in parameters.items() if p.requires_grad}
         shared = self._of_this_cycle(stage, cycle) if self.writes else None
         # Ranks that do not write still take part in reading: it is collective where parameters are sharded.
-        [num_sharing] = engine.sum([float(shared is not None)])
+        [num_sharing] = engine.processes.sum([float(shared is not None)])
         if shared is not None:
             writer.link(shared, f"base-{cycle:05d}")
         elif not num_sharing:
@@ -147,7 +147,7 @@ def _moments(
     engine: Engine, live: Live, trained: Mapping[str, nn.Parameter], steps: dict[str, float]
 ) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in trained.items():
-        moments, step = engine.read_state(live.optimizer, parameter)
-        if moments:
-            steps[name] = step
-        yield from ((f"{name}:{slot}", values) for slot, values in moments.items())
+        if engine.store.has_state(live.optimizer, parameter):
+            steps[name] = engine.store.step(live.optimizer, parameter)
+            moments = engine.store.slots(live.optimizer, parameter)
+            yield from ((f"{name}:{slot}", values) for slot, values in moments.items())

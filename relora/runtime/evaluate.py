@@ -13,13 +13,11 @@ def held_out_loss(live: Live, engine: Engine, batches: Iterable[Batch]) -> float
     """Mean loss per label token in nats, over the batches of all ranks together. Dropout is off.
 
     Args:
-        batches: this rank's share. Ranks may have different numbers of batches.
+        batches: this rank's share, the same number of batches on every rank.
     """
-    was_training = live.model.training
-    live.model.eval()
-    sums = summed_losses(lambda batch: engine.token_losses(live, batch), batches)
-    live.model.train(was_training)
-    total, count = engine.sum(sums)
+    with engine.inference(live):
+        sums = summed_losses(lambda batch: engine.token_losses(live, batch), batches)
+    total, count = engine.processes.sum(sums)
     return total / count
 
 

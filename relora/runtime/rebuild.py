@@ -1,17 +1,16 @@
 """A model out of a state: the one way from canonical tensors to modules, for training and for export."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from relora.config import ModelSection, UserError
 from relora.method.inject import inject_lora, merge_lora
-from relora.method.lora import LoRAConfig
+from relora.method.lora import LoRAConfig, factor_names
 from relora.method.names import canonical, named_parameters
+from relora.method.store import Store, TorchStore
 from relora.model import empty_model
-from relora.runtime.state import State
+from relora.runtime.state import State, Weights
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -21,26 +20,31 @@ def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Fill every parameter and persistent buffer of `model`, in place, one tensor at a time.
+def load_weights(model: nn.Module, weights: Weights, store: Store, *, factors: bool = True) -> None:
+    """Fill the parameters and persistent buffers of `model`, in place, one tensor at a time.
+
+    Args:
+        factors: whether the LoRA factors are filled too; they stay as they were drawn otherwise.
 
     Raises:
         UserError: the names or shapes of the state are not those of the model.
     """
-    wanted: dict[str, Tensor] = {**named_parameters(model), **persistent_buffers(model)}
-    differing = sorted(wanted.keys() ^ weights.keys())
+    parameters, buffers = named_parameters(model), persistent_buffers(model)
+    kept = set() if factors else factor_names(model)
+    wanted = [name for name in (*parameters, *buffers) if name not in kept]
+    differing = sorted(set(wanted) ^ weights.names)
     if differing:
         raise UserError([f"the saved state is of another model: {len(differing)} names differ, such as {differing[0]}"])
-    for name, target in wanted.items():
-        values = weights[name]
-        if values.shape != target.shape:
-            raise UserError(
-                [
-                    f"the saved state is of another model: {name} is {tuple(values.shape)} there, "
-                    f"{tuple(target.shape)} here"
-                ]
-            )
-        target.copy_(values)
+    for name in wanted:
+        parameter, values = parameters.get(name), weights.take(name)
+        shape = buffers[name].shape if parameter is None else store.shape(parameter)
+        if values.shape != shape:
+            there, here = tuple(values.shape), tuple(shape)
+            raise UserError([f"the saved state is of another model: {name} is {there} there, {here} here"])
+        if parameter is None:
+            buffers[name].copy_(values)
+        else:
+            store.write(parameter, values)
 
 
 def merged_model(state: State, section: ModelSection, hf_config: PretrainedConfig, lora: LoRAConfig) -> PreTrainedModel:
@@ -48,7 +52,7 @@ def merged_model(state: State, section: ModelSection, hf_config: PretrainedConfi
     model = empty_model(section, hf_config)
     if state.stage == "relora":
         inject_lora(model, lora)
-    load_weights(model, state.weights)
+    load_weights(model, state.weights, TorchStore())
     if state.stage == "relora":
         merge_lora(model)
     return model.eval()

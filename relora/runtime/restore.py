@@ -1,6 +1,6 @@
 """Reading checkpoints: whole, damaged or absent is settled before anything is built from them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -34,6 +34,13 @@ class Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def names(self) -> Set[str]:
+        return self.keys()
+
+    def take(self, name: str) -> Tensor:
+        return self[name]
 
 
 class Moments(Mapping[str, Mapping[str, Tensor]]):

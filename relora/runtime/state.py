@@ -4,8 +4,9 @@ A resume, the switch between two stages, a change of engine and of the number of
 state -> build -> go on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from torch import Tensor
 
@@ -26,6 +27,31 @@ class Clock:
         return replace(self, samples_seen=self.samples_seen + samples)
 
 
+class Weights(Protocol):
+    """Tensors by canonical name, full shapes. Where ranks pass them on to each other taking one is collective."""
+
+    @property
+    def names(self) -> Set[str]:
+        """What there is."""
+
+    def take(self, name: str) -> Tensor:
+        """One tensor. Every rank takes each once, all in the same order: what was taken may be let go of."""
+
+
+class Held:
+    """Weights in memory."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    @property
+    def names(self) -> Set[str]:
+        return self.tensors.keys()
+
+    def take(self, name: str) -> Tensor:
+        return self.tensors.pop(name)
+
+
 @dataclass(frozen=True)
 class State:
     """Everything a run needs to go on.
@@ -41,11 +67,6 @@ class State:
     clock: Clock = Clock()
     stage: StageName | None = None
     cycle: int = 0
-    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Weights = field(default_factory=lambda: Held({}))
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     steps: Mapping[str, float] = field(default_factory=dict)
-
-    def free(self) -> None:
-        """Let go of weights that are held in memory (those of a switch): a state is built from once."""
-        if isinstance(self.weights, dict):
-            self.weights.clear()

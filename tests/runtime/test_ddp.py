@@ -19,8 +19,8 @@ from tests.tiny import metrics, only
 
 
 def launch(config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch --config_file launch/cpu_ddp.yaml -m relora train`, no environment variable set."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/cpu_ddp.yaml"]
+    """`accelerate launch --config_file launch/ddp_cpu.yaml -m relora train`, no environment variable set."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch/ddp_cpu.yaml"]
     return run([*launcher, "--main_process_port", "0", "-m", "relora", "train", str(config), *overrides])
 
 

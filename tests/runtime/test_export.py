@@ -13,6 +13,7 @@ from relora.cli import main
 from relora.config import check, load_config
 from relora.config.derived import lora_config
 from relora.method.inject import inject_lora
+from relora.method.store import TorchStore
 from relora.model import attention_problems, empty_model, load_hf_config
 from relora.runtime.rebuild import load_weights
 from relora.runtime.restore import complete_checkpoints, open_checkpoint
@@ -28,7 +29,7 @@ def live_model(run: Path) -> PreTrainedModel:
     config = load_config(run / "config.yaml")
     model = empty_model(config.model, load_hf_config(config.model))
     inject_lora(model, lora_config(config))
-    load_weights(model, open_checkpoint(complete_checkpoints(run / "checkpoints")[-1]).weights)
+    load_weights(model, open_checkpoint(complete_checkpoints(run / "checkpoints")[-1]).weights, TorchStore())
     return model.eval()
 
 

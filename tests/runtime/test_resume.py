@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from relora.config import UserError, check
 from relora.files import sha256_of
 from relora.job import open_job
-from relora.runtime.engines import local
+from relora.runtime.engines import torch_engine
 from relora.train import train
 from tests.tiny import metrics, only
 
@@ -116,14 +116,14 @@ def test_extend_makes_the_restart_of_the_old_end(tiny_run: Callable[..., dict[st
 def test_a_skipped_batch_is_skipped_again(
     whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poisoned = local.token_losses
+    poisoned = torch_engine.token_losses
     bad_ids = open_job(check(whole)).data.samples(check(whole).data, 0)[20]["input_ids"]
 
     def token_losses(model: Any, batch: Any) -> Any:
         loss = poisoned(model, batch)
         return loss * float("nan") if model.training and (batch["input_ids"] == bad_ids).all(1).any() else loss
 
-    monkeypatch.setattr(local, "token_losses", token_losses)
+    monkeypatch.setattr(torch_engine, "token_losses", token_losses)
     tree = whole | {"output_dir": str(tmp_path / "skipping")}
     train(check(tree))
     lines = {line["step"]: line for line in metrics(tree["output_dir"]) if "loss" in line}

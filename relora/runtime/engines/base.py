@@ -1,7 +1,6 @@
-"""What the rest of the program may ask of an engine, and which launches are refused."""
+"""What the rest of the program may ask of an engine."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora.config import UserError
+from relora.method.outer import OuterOptimizer
+from relora.method.restart import RestartReport
 from relora.method.store import Store
+from relora.runtime.engines.processes import Processes
 
 Batch = Mapping[str, Tensor]
 
@@ -24,11 +25,13 @@ class Update:
         loss: sum of the token losses over the global batch / its label tokens, in nats.
         grad_norm: norm of the whole gradient before clipping.
         applied: False when loss or gradient was not finite somewhere and no optimizer saw it.
+        stop: whether some rank has been asked to stop.
     """
 
     loss: float
     grad_norm: float
     applied: bool
+    stop: bool
 
 
 @dataclass
@@ -44,89 +47,50 @@ class Engine(Protocol):
     """One way to spread training over processes. All methods are collective: every rank calls them."""
 
     name: str
-    rank: int
-    world_size: int
-    device: torch.device
-    store: Store
+    processes: Processes
+    is_apart: bool  # whether each rank now trains parameters of its own, that travel at restarts only
+    stream: int  # which of several independent draws of the factors is this rank's
+    outer: OuterOptimizer  # what becomes of the mean of the updates of ranks that train apart
 
-    def prepare(self, model: nn.Module, *, compiled: bool) -> nn.Module:
-        """Move `model` to its device and wrap it for training. Its parameters are then those to optimize."""
+    @property
+    def store(self) -> Store:
+        """How its parameters and their optimizer state are reached."""
 
-    def update(
-        self, live: Live, batches: Sequence[Batch], *, seeds: Sequence[int], max_grad_norm: float | None
-    ) -> Update:
+    def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> Live:
+        """Move a model to its device, spread it over the ranks, and give it its optimizer.
+
+        The values of its parameters do not matter: they are written through `store` afterwards.
+        """
+
+    def begin(self, live: Live) -> None:
+        """The weights of a stage that now begins are in place."""
+
+    def restart(self, live: Live, **how: Any) -> RestartReport:
+        """`relora.restart` with the engine's way to reach parameters and state; `how` is passed on."""
+
+    def compile(self, live: Live) -> None:
+        """Compile the model with torch.compile."""
+
+    def update(self, live: Live, batches: Sequence[Batch], *, seeds: Sequence[int], stop: bool) -> Update:
         """Forward and backward over this rank's micro-batches, clip, and one step of the optimizer.
 
-        `seeds` seed the random draws (dropout) of each micro-batch.
+        Args:
+            seeds: of the random draws (dropout) of each micro-batch.
+            stop: whether this rank has been asked to stop; all hear of it by the `Update`.
+        """
+
+    def inference(self, live: Live) -> AbstractContextManager[None]:
+        """Forward passes beside training: no gradients, no dropout, the precision of training.
+
+        Every rank makes the same number of them.
         """
 
     def token_losses(self, live: Live, batch: Batch) -> Tensor:
-        """Sum of the token losses of this rank's batch, without gradients, in the precision of training."""
+        """Sum of the token losses of this rank's batch, within `inference`."""
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """The precision of training, for forward passes beside it."""
-
-    def read_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> tuple[dict[str, Tensor], float]:
-        """Moments by slot, full shapes, and the step count; ({}, 0) where there is no state yet."""
-
-    def write_state(
-        self, optimizer: Optimizer, parameter: nn.Parameter, moments: Mapping[str, Tensor], step: float
-    ) -> None:
-        """Put moments and step count into an optimizer that has made no update yet."""
-
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over all ranks, in float64."""
-
-    def same_everywhere(self, text: str) -> bool:
-        """Whether all ranks hold the same text."""
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-
-    def close(self) -> None:
-        """Leave the process group, together."""
+    def release(self, live: Live) -> None:
+        """Let go of all that training alone needs; the weights can still be read."""
 
 
-def launched_world_size() -> int:
-    """Number of processes that the launcher says it started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_first() -> bool:
-    """Whether this process is rank 0 of the launch: it alone writes the run folder, and talks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def is_first_on_node() -> bool:
-    """Whether this process does the work that is done once a node."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def refused_launches() -> list[str]:
-    """Launches for an engine that is not there: training would silently run under another."""
-    asked = {
-        "ACCELERATE_USE_FSDP": "FSDP",
-        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
-        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-        "ACCELERATE_USE_TP": "tensor parallelism",
-    }
-    return [
-        f"the launcher asks for {name} ({variable}=true): relora has the engines of one process and DDP; "
-        "use launch/cpu.yaml, cpu_ddp.yaml, one_gpu.yaml or ddp.yaml"
-        for variable, name in asked.items()
-        if os.environ.get(variable, "false").lower() in ("true", "1")
-    ]
-
-
-def check_world(world_size: int, num_processes: int | None) -> None:
-    """Raise UserError if processes would train independent copies, or are not as many as the run wants."""
-    launched, problems = launched_world_size(), []
-    if launched != world_size:
-        problems.append(
-            f"the launcher started {launched} processes but the engine sees {world_size}: "
-            "they would train independent copies of the model"
-        )
-    if num_processes is not None and num_processes != launched:
-        problems.append(f"training.num_processes = {num_processes}: the launcher started {launched}")
-    if problems:
-        raise UserError(problems)
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    return {key: values.to(device, non_blocking=True) for key, values in batch.items()}

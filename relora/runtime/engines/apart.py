@@ -1,0 +1,84 @@
+"""Processes that each train factors of their own, and meet at restarts (relora.sync: restart).
+
+Between restarts no gradient travels. At a restart W takes the mean of all processes' updates, of rank up to
+world size x r, what trains in full is averaged too, and each process draws new factors under its own key, so
+that the subspaces differ.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
+
+from relora.method.lora import factor_names, lora_layers
+from relora.method.names import named_parameters
+from relora.method.outer import OuterOptimizer
+from relora.method.restart import RestartReport, restart
+from relora.method.store import TorchStore
+from relora.runtime.engines.base import Live
+from relora.runtime.engines.local import LocalEngine
+from relora.runtime.engines.processes import Processes
+
+
+class ApartEngine(LocalEngine):
+    """DDP while every parameter is trained in full; no gradients travel once the model has factors."""
+
+    def __init__(
+        self, processes: Processes, *, mixed_precision: str, max_grad_norm: float | None, outer: OuterOptimizer
+    ) -> None:
+        super().__init__(processes, mixed_precision=mixed_precision, max_grad_norm=max_grad_norm)
+        self.name += ", factors apart between restarts"
+        self.stream, self.outer = processes.rank, outer
+
+    def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> Live:
+        self.is_apart = bool(lora_layers(model))
+        return super().prepare(model, build_optimizer)
+
+    def begin(self, live: Live) -> None:
+        for name, parameter in _full_modules(live.model).items():
+            self.outer.anchor(name, parameter)
+
+    def restart(self, live: Live, **how: Any) -> RestartReport:
+        meeting = MeetingStore(self.processes, set(map(id, _of_kind(live.model, "lora_A"))))
+        report = restart(live.model, live.optimizer, store=meeting, stream=self.stream, outer=self.outer.step, **how)
+        for name, parameter in _full_modules(live.model).items():
+            mean = parameter.detach() / self.processes.world_size
+            self.processes.add_up(mean)
+            self.store.write(parameter, self.outer.settle(name, mean))
+            self.outer.anchor(name, parameter)
+        return report
+
+    def _wrapped(self, model: nn.Module) -> nn.Module:
+        return model if self.is_apart else super()._wrapped(model)
+
+
+class MeetingStore(TorchStore):
+    """Reads the factors of all processes side by side: B_all @ A_all is then the mean of their B @ A.
+
+    Args:
+        first_factors: ids of the A's. Those of shape (r, d_in) are stacked, the B's (d_out, r) put in a row.
+    """
+
+    def __init__(self, processes: Processes, first_factors: set[int]) -> None:
+        self._processes, self._first_factors = processes, first_factors
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        n = self._processes.world_size
+        if not parameter.requires_grad or n == 1:
+            return super().read(parameter)
+        mine = parameter.detach().contiguous()
+        theirs = [torch.empty_like(mine) for _ in range(n)]
+        distributed.all_gather(theirs, mine)
+        return torch.cat(theirs) if id(parameter) in self._first_factors else torch.cat(theirs, dim=1) / n
+
+
+def _of_kind(model: nn.Module, which: str) -> list[nn.Parameter]:
+    return [getattr(layer, which) for layer in lora_layers(model).values()]
+
+
+def _full_modules(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains in full beside the factors, by canonical name."""
+    factors = factor_names(model)
+    return {name: p for name, p in named_parameters(model).items() if p.requires_grad and name not in factors}

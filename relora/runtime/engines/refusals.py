@@ -1,0 +1,27 @@
+"""Launches and combinations that no engine can do as they are meant. docs/engines.md gives the reason for each."""
+
+import os
+
+from relora.config import Config
+from relora.runtime.engines.deepspeed_options import deepspeed_problems
+from relora.runtime.engines.launches import launched_engine
+
+NOT_THERE = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_TP": "tensor parallelism"}
+
+
+def launch_refusals(config: Config, world_size: int) -> list[str]:
+    """Why this launch would not train as the launcher's environment and the configuration say, one line each."""
+    problems = [
+        f"the launcher asks for {name} ({variable}=true): relora has one process, DDP, FSDP2 and DeepSpeed ZeRO; "
+        "use one of the files in launch/"
+        for variable, name in NOT_THERE.items()
+        if os.environ.get(variable, "false").lower() in ("true", "1")
+    ]
+    kind = launched_engine()
+    if kind == "deepspeed":
+        problems += deepspeed_problems(config, world_size)
+    if kind == "fsdp2" and os.environ.get("FSDP_VERSION", "1") != "2":
+        problems.append("FSDP: fsdp_version 1 cannot hold frozen and trained weights in one unit; set fsdp_version: 2")
+    if kind != "local" and config.relora.sync == "restart":
+        problems.append("relora.sync = restart: needs DDP, in which every process holds its own whole model")
+    return problems
