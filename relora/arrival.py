@@ -19,8 +19,9 @@ from relora.runtime.checkpoint import Checkpoints
 from relora.runtime.engines import Engine, Live
 from relora.runtime.evaluate import held_out_loss, perplexity
 from relora.runtime.sample import sample_text
-from relora.runtime.state import Clock
+from relora.runtime.state import Clock, State
 from relora.runtime.tracking import Tracker
+from relora.runtime.traffic import Traffic
 from relora.stages import Stage
 
 NUM_PICTURED_LAYERS = 4
@@ -49,37 +50,64 @@ class Arrival:
 
     def __call__(self, clock: Clock) -> None:
         step, training = clock.step, self.plan.config.training
-        first = step in (0, self.plan.warm_start_steps)
         if self.stage.is_low_rank and self.plan.restart_due(step):
             self._restart(step)
         else:
             self._probe_after_restart(step)
-        if first or step % training.eval_steps == 0 or step == self.plan.max_steps:
+        if self._evaluation_due(step):
             self._evaluate(step)
         if step and (step % training.save_steps == 0 or step == self.plan.max_steps):
             self._save(clock)
 
-    def catch_up(self, clock: Clock, cycle: int) -> None:
-        """Make the restart that a run now extended did not make at its old end, where none was due."""
-        if self.stage.is_low_rank and self.plan.restarts_done(clock.step) > cycle:
+    def stop(self, clock: Clock, seconds_left: float) -> bool:
+        """End before the time: a checkpoint, if there is time for one. An evaluation waits for the resume.
+
+        Returns:
+            Whether the checkpoint of this step is on the disk.
+        """
+        [num_late] = self.engine.processes.sum([float(seconds_left < self.checkpoints.expected_seconds())])
+        if num_late:
+            return False
+        if self.stage.is_low_rank and self.plan.restart_due(clock.step):
             self._restart(clock.step)
+        else:
+            self._probe_after_restart(clock.step)
+        self._save(clock, evaluated=not self._evaluation_due(clock.step))
+        return True
+
+    def catch_up(self, state: State) -> None:
+        """What was due at the step of a checkpoint and not done.
+
+        A run now extended made no restart at its old end, where none was due; one that was stopped left the
+        evaluation for later.
+        """
+        if self.stage.is_low_rank and self.plan.restarts_done(state.clock.step) > state.cycle:
+            self._restart(state.clock.step)
+        if not state.evaluated:
+            self._evaluate(state.clock.step)
+
+    def _evaluation_due(self, step: int) -> bool:
+        ends = (0, self.plan.warm_start_steps, self.plan.max_steps)
+        return step in ends or step % self.plan.config.training.eval_steps == 0
 
     def _restart(self, step: int) -> None:
         relora, index = self.plan.config.relora, self.plan.restarts_done(step)
         before, start_s = self._probe_loss(), time.perf_counter()
-        report = self.engine.restart(
-            self.live,
-            seed=self.plan.config.seed,
-            index=index,
-            reinit=relora.reinit,
-            optimizer_reset=relora.optimizer_reset,
-            prune_ratio=relora.prune_ratio,
-        )
+        with Traffic(self.engine.processes.world_size) as traffic:
+            report = self.engine.restart(
+                self.live,
+                seed=self.plan.config.seed,
+                index=index,
+                reinit=relora.reinit,
+                optimizer_reset=relora.optimizer_reset,
+                prune_ratio=relora.prune_ratio,
+            )
         seconds = time.perf_counter() - start_s
         if not self.engine.processes.same_everywhere(checksum(self.live.model, self.engine)):
             raise RuntimeError(f"after the restart at step {step} the processes hold different weights")
         probes = {"probe_loss_before": before, "probe_loss_after": self._probe_loss()}
-        self.tracker.line({"step": step, "restart": index} | asdict(report) | {"restart_seconds": seconds} | probes)
+        costs = {"restart_seconds": seconds, "bytes_sent": traffic.bytes_sent}
+        self.tracker.line({"step": step, "restart": index} | asdict(report) | costs | probes)
         self.tracker.spectra(self._spectra(), step)
 
     def _probe_after_restart(self, step: int) -> None:
@@ -116,7 +144,7 @@ class Arrival:
                 )
             self.tracker.text(f"sample/{number}", text, step)
 
-    def _save(self, clock: Clock) -> None:
+    def _save(self, clock: Clock, *, evaluated: bool = True) -> None:
         self.tracker.sync(clock.step)
         self.checkpoints.save(
             self.live,
@@ -124,7 +152,7 @@ class Arrival:
             clock,
             stage=self.stage.name,
             cycle=self.plan.restarts_done(clock.step),
-            about=self.about,
+            about={**self.about, "evaluated": evaluated},
         )
 
     def _probe_loss(self) -> float:

@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 
 from relora.config import Config, UserError, load_config
+from relora.runtime.signals import EXIT_STOPPED, Stopped
 
 EXIT_USER_ERROR = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, or 2 after a mistake of the user."""
+    """Run one command; the exit code is 0, 2 after a mistake of the user, 143 if the run was asked to stop."""
     options = _read(_parser(), arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
@@ -20,6 +21,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for problem in error.problems:
             print(f"relora: {problem}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Stopped as stopped:
+        print(f"relora: {stopped}", file=sys.stderr)
+        return EXIT_STOPPED
     return 0
 
 

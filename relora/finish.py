@@ -13,7 +13,7 @@ from relora.job import Job
 from relora.runtime.export import export_model, model_card
 from relora.runtime.metrics import read_metrics
 from relora.runtime.rebuild import merged_model
-from relora.runtime.restore import MANIFEST, complete_checkpoints, open_checkpoint
+from relora.runtime.restore import MANIFEST, complete_checkpoints, open_shares
 
 RESULTS = "relora.json"
 
@@ -33,8 +33,7 @@ def finish(job: Job) -> str:
     results = measured(job)
     if not is_finished(job):
         checkpoint = complete_checkpoints(job.folder.checkpoints)[-1]
-        state = open_checkpoint(checkpoint)
-        model = merged_model(state, job.config.model, job.hf_config, lora_config(job.config))
+        model = merged_model(open_shares(checkpoint), job.config.model, job.hf_config, lora_config(job.config))
         settings = dump(job.config.model_dump(mode="json"))
         card = model_card(job.folder.path.name, results=results, settings=settings)
         files = {

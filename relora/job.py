@@ -20,9 +20,15 @@ from relora.method.census import census
 from relora.method.inject import inject_lora
 from relora.method.targets import find_modules, find_targets
 from relora.model import load_hf_config, model_problems, refusal, said_of, skeleton
-from relora.runtime.engines import check_world, is_first_on_node, launch_refusals, launched_world_size
+from relora.runtime.engines import check_world, is_first_on_node, launch_refusals, launched_rank, launched_world_size
 from relora.runtime.folder import RunFolder, same_run_problems
-from relora.runtime.restore import complete_checkpoints, open_checkpoint, read_manifest, verify_checkpoint
+from relora.runtime.restore import (
+    Manifest,
+    complete_checkpoints,
+    open_checkpoint,
+    read_manifest,
+    verify_checkpoint,
+)
 from relora.runtime.state import State
 from relora.stages import freeze_untrained
 
@@ -177,7 +183,22 @@ def newest_state(job: Job) -> State:
                 "the sources have changed"
             ]
         )
-    return open_checkpoint(folders[-1])
+    return _share_of_this_rank(folders[-1], manifest, job.plan)
+
+
+def _share_of_this_rank(folder: Path, manifest: Manifest, plan: Plan) -> State:
+    """What this rank goes on from. Between two restarts ranks that train apart must be as many as they were."""
+    world_size, saved = launched_world_size(), manifest.num_shares
+    apart = plan.config.relora.sync == "restart" and manifest.stage == "relora"
+    between = manifest.step != plan.warm_start_steps and not plan.restart_due(manifest.step)
+    if apart and between and saved != world_size:
+        raise UserError(
+            [
+                f"{folder}: relora.sync = restart: holds what {saved} processes trained apart since the last restart, "
+                f"and the launcher started {world_size}; go on with {saved} up to the next restart"
+            ]
+        )
+    return open_checkpoint(folder, share=launched_rank() % saved)
 
 
 def run_identity(config: Config, hf_config: PretrainedConfig) -> dict[str, Any]:

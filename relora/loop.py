@@ -4,7 +4,6 @@ update -> log -> (restart -> evaluate -> checkpoint, where they are due) -> upda
 """
 
 import hashlib
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,8 @@ from relora.config.derived import Plan
 from relora.method.optimizer import set_learning_rate
 from relora.runtime.engines import Batch, Engine, Live, Update
 from relora.runtime.memory import peak_memory_bytes
+from relora.runtime.meter import Meter
+from relora.runtime.signals import Asked
 from relora.runtime.state import Clock
 from relora.runtime.tracking import Tracker
 
@@ -29,6 +30,7 @@ class Loop:
     Attributes:
         batches: for each update in turn this rank's micro-batches, from the clock's `samples_seen` on.
         arrive: called at each step after which the run goes on or ends: restart, evaluation, checkpoint.
+        asked: whether this process has been asked to stop.
     """
 
     plan: Plan
@@ -37,20 +39,25 @@ class Loop:
     tracker: Tracker
     batches: Iterator[Sequence[Batch]]
     arrive: Callable[[Clock], None]
+    asked: Asked
 
-    def run(self, clock: Clock, *, until: int, arrive_at_end: bool) -> Clock:
-        """Update until the clock stands at step `until`.
+    def run(self, clock: Clock, *, until: int, arrive_at_end: bool) -> tuple[Clock, bool]:
+        """Update until the clock stands at step `until`, or some rank has been asked to stop.
 
         Args:
             arrive_at_end: False when a switch follows at `until`: what is due there comes after the switch.
 
+        Returns:
+            The clock, and whether the run is to stop here, before its time.
+
         Raises:
             NotFiniteError: 10 updates in a row had to be skipped.
         """
-        samples, skipped, meter = self.plan.config.training.global_batch_size, 0, _Meter()
+        samples, skipped, meter = self.plan.config.training.global_batch_size, 0, Meter(self.engine, self.live)
         while clock.step < until:
-            update = self._update(clock)
-            meter.count()
+            batches = next(self.batches)
+            with meter.measured(len(batches)):
+                update = self._update(clock, batches)
             if not update.applied:
                 skipped += 1
                 clock = clock.skipped(samples)
@@ -59,19 +66,20 @@ class Loop:
             skipped = 0
             clock = clock.applied(samples)
             self._log(clock, update, meter)
+            if update.stop and clock.step < until:
+                return clock, True
             if clock.step < until or arrive_at_end:
                 self.arrive(clock)
                 meter.restart_clock()
-        return clock
+        return clock, False
 
-    def _update(self, clock: Clock) -> Update:
+    def _update(self, clock: Clock, batches: Sequence[Batch]) -> Update:
         set_learning_rate(self.live.optimizer, self.plan.learning_rate(clock.step))
-        batches = next(self.batches)
         seed = self.plan.config.seed
         seeds = [micro_batch_seed(seed, clock.samples_seen, self.engine.processes.rank, i) for i in range(len(batches))]
-        return self.engine.update(self.live, batches, seeds=seeds, stop=False)
+        return self.engine.update(self.live, batches, seeds=seeds, stop=self.asked.signal is not None)
 
-    def _log(self, clock: Clock, update: Update, meter: "_Meter") -> None:
+    def _log(self, clock: Clock, update: Update, meter: Meter) -> None:
         config = self.plan.config
         tokens_per_update = config.training.global_batch_size * config.data.sequence_length
         due = clock.step % config.training.logging_steps == 0 or clock.step == self.plan.max_steps
@@ -88,6 +96,7 @@ class Loop:
             "tokens_per_second": tokens_per_update / step_seconds,
             "step_seconds": step_seconds,
             "peak_memory_bytes": peak_memory_bytes(self.engine.processes.device),
+            **meter.bytes_sent(),
         }
         self.tracker.line(line)
         self.tracker.progress(
@@ -115,23 +124,3 @@ def micro_batch_seed(seed: int, samples_seen: int, rank: int, index: int) -> int
     """The seed of dropout in one micro-batch, a pure function of the position."""
     digest = hashlib.sha256(f"{seed}|{samples_seen}|{rank}|{index}|dropout".encode()).digest()
     return int.from_bytes(digest[:8], "big")
-
-
-class _Meter:
-    """Mean seconds per update since it was last asked, evaluation and checkpoints left out."""
-
-    def __init__(self) -> None:
-        self._start_s, self._busy_s, self._updates = time.perf_counter(), 0.0, 0
-
-    def count(self) -> None:
-        now_s = time.perf_counter()
-        self._busy_s += now_s - self._start_s
-        self._start_s, self._updates = now_s, self._updates + 1
-
-    def restart_clock(self) -> None:
-        self._start_s = time.perf_counter()
-
-    def seconds_per_update(self) -> float:
-        mean_s = self._busy_s / self._updates
-        self._busy_s, self._updates = 0.0, 0
-        return mean_s

@@ -12,8 +12,10 @@ from transformers import PretrainedConfig
 from relora.config import Config
 from relora.config.derived import Plan, lora_config
 from relora.method.inject import inject_lora
+from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.method.optimizer import build_optimizer
+from relora.method.reinit import draw_lora_A
 from relora.method.schedule import StageName
 from relora.method.store import Store
 from relora.model import empty_model
@@ -60,6 +62,12 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
     load_weights(live.model, weights, engine.store, factors=state.stage == stage.name)
     if state.stage == stage.name:
         _load_optimizer(live, state, engine.store)
+        if state.share != engine.stream:
+            _draw_own(live, state.cycle, config, engine)
+    for name, tensor in state.outer.items():
+        engine.outer.load(name, tensor.to(engine.processes.device))
+    if not state.outer:
+        engine.begin(live)
     return live
 
 
@@ -81,6 +89,21 @@ def freeze_untrained(model: nn.Module, trainable: str | None) -> None:
         raise ValueError(f"training.trainable = {trainable}: found in no parameter's name, such as {next(iter(names))}")
     for name, parameter in names.items():
         parameter.requires_grad_(name in chosen)
+
+
+def _draw_own(live: Live, cycle: int, config: Config, engine: Engine) -> None:
+    """At a restart a rank that was not there before takes another's state, but searches in a subspace of its own."""
+    for name, layer in lora_layers(live.model).items():
+        A = draw_lora_A(
+            layer.r,
+            layer.in_features,
+            reinit=config.relora.reinit,
+            seed=config.seed,
+            index=cycle,
+            name=name,
+            stream=engine.stream,
+        )
+        engine.store.write(layer.lora_A, A)
 
 
 def _optimizer(model: nn.Module, config: Config) -> Optimizer:

@@ -1,12 +1,14 @@
 """A run from its configuration to its final model: the table of contents."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 import relora
@@ -21,10 +23,11 @@ from relora.loop import Loop
 from relora.method.census import census
 from relora.model import attention_problems, num_label_tokens
 from relora.runtime.checkpoint import Checkpoints, write_stage_start
-from relora.runtime.engines import Engine, Live, connect, is_first
+from relora.runtime.engines import Engine, Live, Processes, connect, is_first
 from relora.runtime.folder import RunFolder
-from relora.runtime.restore import open_stage_start
-from relora.runtime.state import State
+from relora.runtime.restore import last_step, open_stage_start
+from relora.runtime.signals import Asked, Stopped, stop_signals
+from relora.runtime.state import Clock, State
 from relora.runtime.tracking import RunTracker, SilentTracker, Tracker
 from relora.stages import Stage, build, stages, switch
 
@@ -38,6 +41,7 @@ def train(config: Config, *, dry_run: bool = False, extend: bool = False) -> Non
 
     Raises:
         UserError: something in the configuration, the files, the data or the launch is wrong.
+        Stopped: SIGTERM, SIGINT or SIGUSR1 came, to whichever rank; the same call goes on later.
     """
     _quiet_libraries()
     folder = RunFolder(Path(config.output_dir))
@@ -55,7 +59,11 @@ def _train(job: Job, what: Callable[[Job, Engine, State], None]) -> None:
     _agree(job, engine, state)
     if engine.processes.rank == 0:
         _announce(job, engine, state)
-    what(job, engine, state)
+    try:
+        what(job, engine, state)
+    except Stopped:
+        engine.processes.close()
+        raise
     engine.processes.close()
 
 
@@ -68,20 +76,33 @@ def _run(job: Job, engine: Engine, state: State) -> None:
     tracker: Tracker = (
         RunTracker(job.folder, state, total=job.plan.max_steps, hparams=job.identity) if writes else SilentTracker()
     )
-    with closing(tracker):
+    with closing(tracker), stop_signals() as asked:
+        kept = Kept(engine, tracker, checkpoints, asked)
         for stage in stages(job.plan):
             if state.clock.step < stage.end:
-                state = _run_stage(stage, state, job=job, engine=engine, tracker=tracker, checkpoints=checkpoints)
+                state = _run_stage(stage, state, job=job, kept=kept)
     if writes:
         print(finish(job), flush=True)
     engine.processes.barrier()
 
 
-def _run_stage(
-    stage: Stage, state: State, *, job: Job, engine: Engine, tracker: Tracker, checkpoints: Checkpoints
-) -> State:
-    """Build the stage from `state`, train it to its end, and hand on what the next one needs."""
-    clock, cycle, begins = state.clock, state.cycle, state.stage != stage.name
+@dataclass(frozen=True)
+class Kept:
+    """What the stages of a run have in common."""
+
+    engine: Engine
+    tracker: Tracker
+    checkpoints: Checkpoints
+    asked: Asked
+
+
+def _run_stage(stage: Stage, state: State, *, job: Job, kept: Kept) -> State:
+    """Build the stage from `state`, train it to its end, and hand on what the next one needs.
+
+    Raises:
+        Stopped: some rank was asked to stop. A checkpoint has been written, if there was time for one.
+    """
+    engine, clock, begins = kept.engine, state.clock, state.stage != stage.name
     live = build(stage, state, config=job.config, hf_config=job.hf_config, engine=engine)
     with engine.inference(live):
         raise_if_any(attention_problems(live.model, job.vocab_size, document_mask=job.config.data.document_mask))
@@ -90,34 +111,59 @@ def _run_stage(
     if engine.processes.device.type == "cuda":
         # The peak that is logged is that of the stage: the warm start's would hide the low-rank one's.
         torch.cuda.reset_peak_memory_stats(engine.processes.device)
-    arrival = _begin(stage, live, is_new=begins, job=job, engine=engine, tracker=tracker, checkpoints=checkpoints)
+    arrival = _begin(stage, live, is_new=begins, job=job, kept=kept)
     if begins:
         arrival(clock)
     else:
-        arrival.catch_up(clock, cycle)
-    is_last, training = stage.end == job.plan.max_steps, job.config.training
-    batches = micro_batches(
+        arrival.catch_up(state)
+    is_last = stage.end == job.plan.max_steps
+    batches = _batches(job, clock, engine.processes)
+    loop = Loop(
+        plan=job.plan,
+        engine=engine,
+        live=live,
+        tracker=kept.tracker,
+        batches=batches,
+        arrive=arrival,
+        asked=kept.asked,
+    )
+    with closing(batches):  # ends the processes that read ahead
+        clock, stops = loop.run(clock, until=stage.end, arrive_at_end=is_last)
+        if stops:
+            _stop(arrival, clock, kept, job)
+    return State(clock=clock, stage=stage.name) if is_last else switch(live, engine, clock)
+
+
+def _batches(job: Job, clock: Clock, processes: Processes) -> Generator[list[dict[str, Tensor]], None, None]:
+    training = job.config.training
+    return micro_batches(
         job.data.samples(job.config.data, job.config.seed),
         start=clock.samples_seen,
         global_batch_size=training.global_batch_size,
         per_device_batch_size=training.per_device_batch_size,
-        rank=engine.processes.rank,
-        world_size=engine.processes.world_size,
+        rank=processes.rank,
+        world_size=processes.world_size,
         num_workers=job.config.data.num_workers,
-        pin_memory=engine.processes.device.type == "cuda",
+        pin_memory=processes.device.type == "cuda",
     )
-    loop = Loop(plan=job.plan, engine=engine, live=live, tracker=tracker, batches=batches, arrive=arrival)
-    with closing(batches):  # ends the processes that read ahead
-        clock = loop.run(clock, until=stage.end, arrive_at_end=is_last)
-    return State(clock=clock, stage=stage.name) if is_last else switch(live, engine, clock)
 
 
-def _begin(
-    stage: Stage, live: Live, *, is_new: bool, job: Job, engine: Engine, tracker: Tracker, checkpoints: Checkpoints
-) -> Arrival:
+def _stop(arrival: Arrival, clock: Clock, kept: Kept, job: Job) -> NoReturn:
+    """End the run in order. The status is on the disk before any rank leaves: launchers then end the others."""
+    saved = arrival.stop(clock, kept.asked.seconds_left())
+    why = "asked to stop" if kept.asked.signal is None else f"{kept.asked.signal.name} came"
+    step = clock.step if saved else last_step(job.folder.checkpoints)
+    reason = f"{why}: ended after update {clock.step}; goes on from step {step}"
+    if kept.engine.processes.rank == 0:
+        job.folder.write_status("preempted", step=step, reason=reason)
+    raise Stopped(reason)
+
+
+def _begin(stage: Stage, live: Live, *, is_new: bool, job: Job, kept: Kept) -> Arrival:
     """Say and keep what the stage starts from, and set up its housekeeping."""
-    folder, counted, is_first_rank = job.folder, census(live.model), engine.processes.rank == 0
-    tracker.say(f"{_title(stage)}\n{counted.table()}")
+    engine, folder, counted = kept.engine, job.folder, census(live.model)
+    is_first_rank = engine.processes.rank == 0
+    kept.tracker.say(f"{_title(stage)}\n{counted.table()}")
     if is_first_rank:
         write_json(folder.path / f"census_{stage.name}.json", counted.as_dict())
     if stage.is_low_rank and is_new:
@@ -127,9 +173,9 @@ def _begin(
         stage=stage,
         engine=engine,
         live=live,
-        tracker=tracker,
+        tracker=kept.tracker,
         data=job.data,
-        checkpoints=checkpoints,
+        checkpoints=kept.checkpoints,
         stage_start=open_stage_start(folder.stage_start) if stage.is_low_rank and is_first_rank else {},
         about=job.about,
     )
@@ -197,6 +243,8 @@ def _reason_in_status(folder: RunFolder, *, ours: bool) -> Iterator[None]:
     """Write why a run failed to its status.json, but never into a folder that is not `ours`."""
     try:
         yield
+    except Stopped:
+        raise  # in order: it says so itself
     except BaseException as error:
         if ours and is_first():
             # A disk that cannot be written to may be the very reason; the error itself says more.

@@ -1,5 +1,6 @@
 """The sample at a position, and the micro-batches of a rank from a position on."""
 
+import signal
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from relora.data.tokens import Row, TokenStream
 
 Batch = dict[str, Tensor]
 NOT_A_LABEL = -100  # transformers' ignore_index
+READER_GRACE_S = 300
 NO_TOKENS = Row(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 
@@ -154,8 +156,17 @@ def loader_of(samples: Samples, positions: Positions, num_workers: int, pin_memo
         num_workers=num_workers,
         collate_fn=same,
         pin_memory=pin_memory,
+        worker_init_fn=outlive_stop,
         generator=torch.Generator(),  # else the loader would draw from, and so move on, torch's global one
     )
+
+
+def outlive_stop(_: int) -> None:
+    """In a reader: when a launcher ends the whole group of a rank, its readers last until the rank has ended in order.
+
+    torch would let a reader die of a SIGTERM at once, and the rank of the death of its reader.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(READER_GRACE_S))
 
 
 def same(batch: Any) -> Any:

@@ -6,9 +6,9 @@ and shared by the checkpoints of the cycle. Only safetensors and JSON are read b
 """
 
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
-from itertools import chain
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from relora.files import publish_folder, sha256_of, share, write_json
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.runtime.engines import Engine, Live
+from relora.runtime.engines.processes import Processes
 from relora.runtime.rebuild import persistent_buffers
-from relora.runtime.restore import FORMAT, MANIFEST, FileFacts, complete_checkpoints, read_manifest
+from relora.runtime.restore import FORMAT, MANIFEST, FileFacts, complete_checkpoints, read_manifest, share_prefix
 from relora.runtime.state import Clock
 
-SHARD_BYTES = 2**30
+SHARD_BYTES = 2**26  # rank 0 holds so much at a time
+FIRST_CHECKPOINT_S = 20.0
 
 
 class Checkpoints:
@@ -31,6 +33,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, limit: int | None, writes: bool) -> None:
         self.folder, self.limit, self.writes = folder, limit, writes
+        self._longest_s: float | None = None
 
     def save(
         self, live: Live, engine: Engine, clock: Clock, *, stage: str, cycle: int, about: Mapping[str, Any]
@@ -41,7 +44,7 @@ class Checkpoints:
             cycle: restarts so far: the base weights are those of this cycle.
             about: what else the manifest says (fingerprint, hash of the data).
         """
-        final = self.folder / f"step-{clock.step:08d}"
+        final, start_s = self.folder / f"step-{clock.step:08d}", time.perf_counter()
         writer = _Writer(final.with_name(f".draft-{final.name}") if self.writes else None)
         writer.begin()
         parameters = named_parameters(live.model)
@@ -54,14 +57,23 @@ class Checkpoints:
             writer.link(shared, f"base-{cycle:05d}")
         elif not num_sharing:
             writer.write(f"base-{cycle:05d}", ((name, engine.store.read(p)) for name, p in base.items()))
-        buffers = persistent_buffers(live.model)
-        whole = ((name, engine.store.read(p)) for name, p in trained.items())
-        writer.write("trained", chain(whole, buffers.items()))
-        steps: dict[str, float] = {}
-        writer.write("moments", _moments(engine, live, trained, steps))
-        writer.finish(final, asdict(clock) | {"stage": stage, "cycle": cycle, "steps": steps} | dict(about))
+        writer.write("buffers", persistent_buffers(live.model).items())
+        for owned in _shares(engine):
+            writer.write("trained", owned.of((name, engine.store.read(p)) for name, p in trained.items()))
+            writer.write("moments", owned.of(_moments(engine, live, trained)))
+        writer.write("outer", engine.outer.tensors().items())
+        with_state = {name: p for name, p in trained.items() if _has_state(engine, live, p)}
+        steps = {name: engine.store.step(live.optimizer, p) for name, p in with_state.items()}
+        stands = asdict(clock) | {"stage": stage, "cycle": cycle, "steps": steps}
+        num_shares = engine.processes.world_size if engine.is_apart else 1
+        writer.finish(final, stands | {"num_shares": num_shares} | dict(about))
         if self.writes:
             self._drop_old()
+        self._longest_s = max(time.perf_counter() - start_s, self._longest_s or 0.0)
+
+    def expected_seconds(self) -> float:
+        """How long the next checkpoint may take, by those before it; without any, a guess."""
+        return 1.5 * self._longest_s if self._longest_s is not None else FIRST_CHECKPOINT_S
 
     def remove_leftovers(self) -> None:
         """Remove what killed processes have left: drafts, and checkpoints whose removal was under way."""
@@ -143,11 +155,28 @@ class _Writer:
         self.tensors |= dict.fromkeys(shard, name)
 
 
-def _moments(
-    engine: Engine, live: Live, trained: Mapping[str, nn.Parameter], steps: dict[str, float]
-) -> Iterator[tuple[str, Tensor]]:
+@dataclass(frozen=True)
+class _Share:
+    """What one rank trains. Ranks that train apart have one each, named `rank-1/...`; else all have the first."""
+
+    rank: int
+    processes: Processes
+
+    def of(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tensors:
+            yield share_prefix(self.rank) + name, self.processes.from_rank(tensor, self.rank) if self.rank else tensor
+
+
+def _shares(engine: Engine) -> list[_Share]:
+    return [_Share(rank, engine.processes) for rank in range(engine.processes.world_size if engine.is_apart else 1)]
+
+
+def _has_state(engine: Engine, live: Live, parameter: nn.Parameter) -> bool:
+    return engine.store.has_state(live.optimizer, parameter)
+
+
+def _moments(engine: Engine, live: Live, trained: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in trained.items():
-        if engine.store.has_state(live.optimizer, parameter):
-            steps[name] = engine.store.step(live.optimizer, parameter)
+        if _has_state(engine, live, parameter):
             moments = engine.store.slots(live.optimizer, parameter)
             yield from ((f"{name}:{slot}", values) for slot, values in moments.items())

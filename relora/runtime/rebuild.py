@@ -1,5 +1,7 @@
 """A model out of a state: the one way from canonical tensors to modules, for training and for export."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -47,12 +49,27 @@ def load_weights(model: nn.Module, weights: Weights, store: Store, *, factors: b
             store.write(parameter, values)
 
 
-def merged_model(state: State, section: ModelSection, hf_config: PretrainedConfig, lora: LoRAConfig) -> PreTrainedModel:
-    """The plain model in float32 on the CPU that computes what the run computes at `state`."""
+def merged_model(
+    states: Sequence[State], section: ModelSection, hf_config: PretrainedConfig, lora: LoRAConfig
+) -> PreTrainedModel:
+    """The plain model in float32 on the CPU that computes what the run computes.
+
+    Args:
+        states: the state of the run; of each process where they train apart, of whose models this is the mean.
+    """
+    models = (_merged(state, section, hf_config, lora) for state in states)
+    mean = next(models)
+    for number, model in enumerate(models, start=2):
+        for parameter, other in zip(mean.parameters(), model.parameters(), strict=True):
+            parameter.data.lerp_(other.data, 1 / number)
+    return mean.eval()
+
+
+def _merged(state: State, section: ModelSection, hf_config: PretrainedConfig, lora: LoRAConfig) -> PreTrainedModel:
     model = empty_model(section, hf_config)
     if state.stage == "relora":
         inject_lora(model, lora)
     load_weights(model, state.weights, TorchStore())
     if state.stage == "relora":
         merge_lora(model)
-    return model.eval()
+    return model

@@ -16,24 +16,34 @@ from relora.runtime.state import Clock, State
 
 FORMAT: Literal[1] = 1
 MANIFEST = "MANIFEST.json"
+# Groups of files whose tensors differ from process to process where these train apart, and what the names of
+# all but the first one's begin with.
+OWN, OTHERS = ("trained", "moments"), "rank-"
 
 
 class Tensors(Mapping[str, Tensor]):
-    """Tensors on disk by name, read one at a time when asked for."""
+    """Tensors on disk by name, read one at a time when asked for.
 
-    def __init__(self, folder: Path, files: Mapping[str, str]) -> None:
-        self.folder, self.files = folder, files
+    Args:
+        files: the file of each tensor, by the name that it has there.
+        prefix: what those names begin with and these do not, where they do.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, str], *, prefix: str = "") -> None:
+        self.folder = folder
+        self.places = {name.removeprefix(prefix): (file, name) for name, file in files.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.folder / self.files[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+        path, key = self.places[name]
+        with safe_open(self.folder / path, framework="pt") as file:
+            tensor: Tensor = file.get_tensor(key)
         return tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
+        return iter(self.places)
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.places)
 
     @property
     def names(self) -> Set[str]:
@@ -72,6 +82,11 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
 
 
+def last_step(folder: Path) -> int:
+    """Step of the newest complete checkpoint, 0 without one."""
+    return max((int(path.name.removeprefix("step-")) for path in complete_checkpoints(folder)), default=0)
+
+
 class FileFacts(BaseModel):
     """One file of a checkpoint: the group of tensors it belongs to, and what it must be."""
 
@@ -89,7 +104,13 @@ class Weights(BaseModel):
 
 
 class Manifest(Weights):
-    """The manifest of a checkpoint. `fingerprint` and `data` say of which run and which data."""
+    """The manifest of a checkpoint. `fingerprint` and `data` say of which run and which data.
+
+    `num_shares` processes trained parameters of their own when it was written; 1 if all trained the same.
+    """
+
+    num_shares: int = 1
+    evaluated: bool = True
 
     step: int
     samples_seen: int
@@ -121,19 +142,39 @@ def _read(folder: Path, kind: type[AnyManifest]) -> AnyManifest:
         raise _unreadable(folder, f"{MANIFEST} cannot be read ({error.strerror})") from None
 
 
-def open_checkpoint(folder: Path) -> State:
-    """The state in a checkpoint folder; tensors are read when asked for. UserError if a file is missing."""
+def open_checkpoint(folder: Path, *, share: int = 0) -> State:
+    """The state in a checkpoint folder; tensors are read when asked for. UserError if a file is missing.
+
+    Args:
+        share: whose parameters, of several processes that trained apart.
+    """
     manifest = read_manifest(folder)
-    files = manifest.tensors
-    moments = {name: file for name, file in files.items() if file.startswith("moments-")}
+    prefix, groups = share_prefix(share), dict[str, dict[str, str]](weights={}, moments={}, outer={})
+    for name, file in manifest.tensors.items():
+        kind = file.partition("-")[0]
+        if kind not in OWN or name.startswith(prefix or OTHERS) == bool(prefix):
+            groups[kind if kind in groups else "weights"][name] = file
     return State(
         clock=Clock(manifest.step, manifest.samples_seen),
         stage=manifest.stage,
         cycle=manifest.cycle,
-        weights=Tensors(folder, {name: file for name, file in files.items() if name not in moments}),
-        moments=Moments(Tensors(folder, moments)),
+        evaluated=manifest.evaluated,
+        share=share,
+        weights=Tensors(folder, groups["weights"], prefix=prefix),
+        moments=Moments(Tensors(folder, groups["moments"], prefix=prefix)),
+        outer=Tensors(folder, groups["outer"]),
         steps=manifest.steps,
     )
+
+
+def open_shares(folder: Path) -> list[State]:
+    """The states of all processes that trained apart, or the one of all."""
+    return [open_checkpoint(folder, share=share) for share in range(read_manifest(folder).num_shares)]
+
+
+def share_prefix(share: int) -> str:
+    """How the names begin of what only the process of this rank trained; the first has plain names."""
+    return f"{OTHERS}{share}/" if share else ""
 
 
 def open_stage_start(folder: Path) -> Tensors:

@@ -62,6 +62,9 @@ class State:
         weights: parameters and buffers by canonical name, full shapes.
         moments: for a parameter's name its optimizer moments by slot, full shapes; empty after a switch.
         steps: for a parameter's name Adam's step count.
+        evaluated: whether the evaluation that was due at this step, if any, has been made.
+        share: the rank whose weights these are, where processes train apart.
+        outer: state of the outer optimizer of processes that train apart.
     """
 
     clock: Clock = Clock()
@@ -70,3 +73,6 @@ class State:
     weights: Weights = field(default_factory=lambda: Held({}))
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     steps: Mapping[str, float] = field(default_factory=dict)
+    evaluated: bool = True
+    share: int = 0
+    outer: Mapping[str, Tensor] = field(default_factory=dict)

@@ -5,6 +5,7 @@ torch.distributed with tensors for arguments. Their sizes are measured; what tra
 a ring, which NCCL and gloo use for all but the smallest.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,14 +32,15 @@ _RING: dict[str, tuple[int, Callable[[int], float]]] = {
     "reduce_scatter_tensor": (0, lambda n: (n - 1) / n),
     "barrier": (0, lambda n: 0 * n),
     "wait_tensor": (0, lambda n: 0 * n),
+    "_wrap_tensor_autograd": (0, lambda n: 0 * n),
 }
 
 
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within `with Traffic(world_size) as traffic:` counts `traffic.bytes_sent`.
 
-    It costs some time at every operation of torch: meant for one update, not for all. Raises ValueError at a
-    collective that it does not know, rather than to leave it out.
+    It costs some time at every operation of torch: meant for one update, not for all. After a collective that
+    it does not know the count is NaN, rather than too small.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -55,7 +57,7 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _bytes_sent(name: str, args: Sequence[Any], world_size: int) -> float:
     if name not in _RING:
-        raise ValueError(f"torch.distributed's {name}: what it sends is not known here")
+        return math.nan
     place, per_byte = _RING[name]
     return per_byte(world_size) * sum(tensor.nbytes for tensor in _tensors(args[place]))
 

@@ -10,7 +10,7 @@ from relora.config.derived import lora_config
 from relora.model import load_hf_config, looks_like_a_path, refusal
 from relora.runtime.folder import RunFolder
 from relora.runtime.rebuild import merged_model
-from relora.runtime.restore import complete_checkpoints, open_checkpoint, verify_checkpoint
+from relora.runtime.restore import complete_checkpoints, open_shares, verify_checkpoint
 
 
 def load(run_or_model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -32,7 +32,7 @@ def load_run(folder: RunFolder, step: int | None = None) -> tuple[PreTrainedMode
     checkpoint = find_checkpoint(folder, step)
     verify_checkpoint(checkpoint)
     hf_config = load_hf_config(config.model)
-    model = merged_model(open_checkpoint(checkpoint), config.model, hf_config, lora_config(config))
+    model = merged_model(open_shares(checkpoint), config.model, hf_config, lora_config(config))
     return model, AutoTokenizer.from_pretrained(folder.tokenizer)
 
 

@@ -12,6 +12,7 @@ from relora.runtime.engines.launches import (
     is_first,
     is_first_on_node,
     launched_engine,
+    launched_rank,
     launched_world_size,
 )
 from relora.runtime.engines.local import LocalEngine
@@ -23,12 +24,14 @@ __all__ = [
     "Batch",
     "Engine",
     "Live",
+    "Processes",
     "Update",
     "check_world",
     "connect",
     "is_first",
     "is_first_on_node",
     "launch_refusals",
+    "launched_rank",
     "launched_world_size",
 ]
 

@@ -37,7 +37,7 @@ class ApartEngine(LocalEngine):
         return super().prepare(model, build_optimizer)
 
     def begin(self, live: Live) -> None:
-        for name, parameter in _full_modules(live.model).items():
+        for name, parameter in _full_modules(live.model).items() if self.is_apart else ():
             self.outer.anchor(name, parameter)
 
     def restart(self, live: Live, **how: Any) -> RestartReport:

@@ -79,6 +79,9 @@ class Engine(Protocol):
             stop: whether this rank has been asked to stop; all hear of it by the `Update`.
         """
 
+    def sent_per_gradient_byte(self, num_micro_batches: int) -> float:
+        """Bytes that a rank sends in an update for each byte of a trained parameter's gradient, in rings."""
+
     def inference(self, live: Live) -> AbstractContextManager[None]:
         """Forward passes beside training: no gradients, no dropout, the precision of training.
 

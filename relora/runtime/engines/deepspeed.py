@@ -93,6 +93,12 @@ class DeepSpeedEngine:
         grad_norm = float(engine.get_global_grad_norm()) if applied else math.nan
         return Update(loss=total / num_labels, grad_norm=grad_norm, applied=applied, stop=num_stops > 0)
 
+    def sent_per_gradient_byte(self, num_micro_batches: int) -> float:
+        n = self.processes.world_size
+        reduced = {1: 2, 2: 2 * num_micro_batches, 3: num_micro_batches}[self.stage]
+        # ZeRO-1 and 2 then gather the updated parameters; ZeRO-3 gathers all of them at their use, trained or not.
+        return (n - 1) / n * (reduced + (self.stage < 3))
+
     @contextmanager
     def inference(self, live: Live) -> Iterator[None]:
         was_training = live.model.training

@@ -64,6 +64,10 @@ class FSDP2Engine(TorchEngine):
         for block in self._options.units(live.model):
             block.compile()
 
+    def sent_per_gradient_byte(self, num_micro_batches: int) -> float:
+        n = self.processes.world_size
+        return (n - 1) / n * (num_micro_batches if self._sync_each_batch else 1)  # reduce-scatters
+
     @contextmanager
     def inference(self, live: Live) -> Iterator[None]:
         try:

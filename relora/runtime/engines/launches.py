@@ -13,9 +13,14 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_rank() -> int:
+    """The place of this process among them."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_first() -> bool:
     """Whether this process is rank 0 of the launch: it alone writes the run folder, and talks."""
-    return os.environ.get("RANK", "0") == "0"
+    return launched_rank() == 0
 
 
 def is_first_on_node() -> bool:
