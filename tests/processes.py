@@ -21,11 +21,12 @@ def run(command: Sequence[str], *, timeout_s: float = 180) -> subprocess.Complet
         try:
             printed, complained = process.communicate(timeout=timeout_s)
         finally:
-            _end_group(process.pid)
+            end_group(process.pid)
     return subprocess.CompletedProcess(command, process.returncode, printed, complained)
 
 
-def _end_group(leader: int) -> None:
+def end_group(leader: int) -> None:
+    """Kill what is left of a process group."""
     try:
         os.killpg(leader, signal.SIGKILL)
     except ProcessLookupError:

@@ -6,9 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from relora.config import Config, check
 
 TIMINGS = {"tokens_per_second", "step_seconds", "peak_memory_bytes", "restart_seconds"}
+TRAFFIC = {"bytes_sent", "bytes_sent_full_rank"}
 
 MODEL = {
     "model_type": "llama",
@@ -76,10 +79,17 @@ def config(corpus: Path, output_dir: Path, **overrides: Any) -> Config:
     return check(settings(corpus, output_dir, **overrides))
 
 
+def settings_of(run: Path) -> dict[str, Any]:
+    """The mapping that a run was made from."""
+    tree: dict[str, Any] = yaml.safe_load((run / "config.yaml").read_text())
+    tree.pop("derived")
+    return tree
+
+
 def metrics(run: Path | str) -> list[dict[str, Any]]:
-    """The lines of a run, without timings and memory."""
+    """The lines of a run, without timings, memory and traffic."""
     lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS | TRAFFIC} for line in lines]
 
 
 def only(lines: Iterable[dict[str, Any]], key: str) -> dict[int, Any]:
