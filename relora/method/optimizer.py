@@ -104,12 +104,14 @@ def reset_state(
     }
     slots = store.slots(optimizer, parameter)
     if mode != "keep":
-        mask = pruned[mode](slots[min(slots)])  # exp_avg, in whatever order a checkpoint brought them back
-        for slot, values in slots.items():
+        # By exp_avg, in whatever order a checkpoint brought them back.
+        mask = pruned[mode](store.read_slot(optimizer, parameter, min(slots)))
+        for slot in slots:
+            values = store.read_slot(optimizer, parameter, slot)
             store.write_slot(optimizer, parameter, slot, values.masked_fill(mask, 0))
     if mode == "zero":
         store.write_step(optimizer, parameter, 0)
-    after = store.slots(optimizer, parameter).values()
+    after = [store.read_slot(optimizer, parameter, slot) for slot in slots]
     num_zero, num_entries = sum(int((values == 0).sum()) for values in after), sum(values.numel() for values in after)
     if mode == "zero" and (num_zero < num_entries or store.step(optimizer, parameter) != 0):
         raise RuntimeError(f"a reset of {num_entries} moments reads back with {num_entries - num_zero} that are not 0")

@@ -50,8 +50,11 @@ class Store(Protocol):
     def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
         """Whether the optimizer holds moments and a step count of the parameter. Costs nothing."""
 
-    def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-        """The full moments of the parameter by name (exp_avg, exp_avg_sq, ...); empty if it has none yet."""
+    def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, torch.dtype]:
+        """The moments of the parameter (exp_avg, exp_avg_sq, ...); empty if it has none yet. Costs nothing."""
+
+    def read_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str) -> Tensor:
+        """One full moment. May alias the optimizer's state: copy before a write."""
 
     def write_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str, values: Tensor) -> None:
         """Set one full moment, in place."""
@@ -91,8 +94,13 @@ class TorchStore:
     def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
         return "step" in optimizer.state.get(parameter, {}) and bool(self.slots(optimizer, parameter))
 
-    def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-        return moments(optimizer.state.get(parameter, {}), parameter.shape)
+    def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, torch.dtype]:
+        found = moments(optimizer.state.get(parameter, {}), parameter.shape)
+        return {slot: values.dtype for slot, values in found.items()}
+
+    def read_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str) -> Tensor:
+        values: Tensor = optimizer.state[parameter][slot]
+        return values
 
     def write_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str, values: Tensor) -> None:
         optimizer.state[parameter][slot].copy_(values)

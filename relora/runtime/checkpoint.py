@@ -7,15 +7,15 @@ and shared by the checkpoints of the cycle. Only safetensors and JSON are read b
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from relora.files import publish_folder, sha256_of, share, write_json
+from relora.files import publish_folder, share, write_json
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.runtime.engines import Engine, Live
@@ -23,8 +23,9 @@ from relora.runtime.engines.processes import Processes
 from relora.runtime.rebuild import persistent_buffers
 from relora.runtime.restore import FORMAT, MANIFEST, FileFacts, complete_checkpoints, read_manifest, share_prefix
 from relora.runtime.state import Clock
+from relora.runtime.tensor_file import Entry, entry_of, write_tensors
 
-SHARD_BYTES = 2**26  # rank 0 holds so much at a time
+SHARD_BYTES = 2**30
 FIRST_CHECKPOINT_S = 20.0
 
 
@@ -56,12 +57,12 @@ class Checkpoints:
         if shared is not None:
             writer.link(shared, f"base-{cycle:05d}")
         elif not num_sharing:
-            writer.write(f"base-{cycle:05d}", ((name, engine.store.read(p)) for name, p in base.items()))
-        writer.write("buffers", persistent_buffers(live.model).items())
+            writer.write(f"base-{cycle:05d}", _weights(engine, base))
+        writer.write("buffers", [entry_of(*item) for item in persistent_buffers(live.model).items()])
         for owned in _shares(engine):
-            writer.write("trained", owned.of((name, engine.store.read(p)) for name, p in trained.items()))
+            writer.write("trained", owned.of(_weights(engine, trained)))
             writer.write("moments", owned.of(_moments(engine, live, trained)))
-        writer.write("outer", engine.outer.tensors().items())
+        writer.write("outer", [entry_of(*item) for item in engine.outer.tensors().items()])
         with_state = {name: p for name, p in trained.items() if _has_state(engine, live, p)}
         steps = {name: engine.store.step(live.optimizer, p) for name, p in with_state.items()}
         stands = asdict(clock) | {"stage": stage, "cycle": cycle, "steps": steps}
@@ -100,13 +101,13 @@ def write_stage_start(folder: Path, live: Live, engine: Engine, *, writes: bool)
     """Keep the wrapped weights as they are at the beginning of the low-rank stage."""
     writer = _Writer(folder.with_name(f".draft-{folder.name}") if writes else None)
     writer.begin()
-    weights = ((f"{name}.weight", engine.store.read(layer.weight)) for name, layer in lora_layers(live.model).items())
-    writer.write("weights", weights)
+    layers = {f"{name}.weight": layer.weight for name, layer in lora_layers(live.model).items()}
+    writer.write("weights", _weights(engine, layers))
     writer.finish(folder, {})
 
 
 class _Writer:
-    """Tensors -> safetensors files of at most about SHARD_BYTES -> a manifest. With no folder it only reads."""
+    """Tensors -> safetensors files of about SHARD_BYTES -> a manifest. With no folder it only reads."""
 
     def __init__(self, draft: Path | None) -> None:
         self.draft = draft
@@ -118,15 +119,13 @@ class _Writer:
             shutil.rmtree(self.draft, ignore_errors=True)
             self.draft.mkdir(parents=True)
 
-    def write(self, group: str, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        shard: dict[str, Tensor] = {}
-        for name, tensor in tensors:
-            if self.draft is not None:
-                shard[name] = tensor.detach().cpu().contiguous().clone()
-            if sum(held.nbytes for held in shard.values()) >= SHARD_BYTES:
-                self._close_shard(group, shard)
-                shard = {}
-        self._close_shard(group, shard)
+    def write(self, group: str, entries: Sequence[Entry]) -> None:
+        for shard in _shards(entries):
+            if self.draft is None:
+                for entry in shard:
+                    entry.fetch()
+            else:
+                self._write_shard(self.draft, group, shard)
 
     def link(self, source: Path, group: str) -> None:
         """Share the files of `group` with another checkpoint."""
@@ -144,15 +143,24 @@ class _Writer:
             write_json(self.draft / MANIFEST, {"format": FORMAT, **about, "files": files, "tensors": self.tensors})
             publish_folder(self.draft, final)
 
-    def _close_shard(self, group: str, shard: dict[str, Tensor]) -> None:
-        if self.draft is None or not shard:
-            return
+    def _write_shard(self, draft: Path, group: str, shard: Sequence[Entry]) -> None:
         count = sum(facts.group == group for facts in self.files.values())
-        name = f"{group}-{count + 1:05d}.safetensors"
-        save_file(shard, self.draft / name)
-        path = self.draft / name
-        self.files[name] = FileFacts(group=group, bytes=path.stat().st_size, sha256=sha256_of(path))
-        self.tensors |= dict.fromkeys(shard, name)
+        path = draft / f"{group}-{count + 1:05d}.safetensors"
+        sha256 = write_tensors(path, shard)
+        self.files[path.name] = FileFacts(group=group, bytes=path.stat().st_size, sha256=sha256)
+        self.tensors |= dict.fromkeys((entry.name for entry in shard), path.name)
+
+
+def _shards(entries: Sequence[Entry]) -> Iterator[list[Entry]]:
+    """Entries in order, in files of about SHARD_BYTES."""
+    shard: list[Entry] = []
+    for entry in entries:
+        shard.append(entry)
+        if sum(held.num_bytes for held in shard) >= SHARD_BYTES:
+            yield shard
+            shard = []
+    if shard:
+        yield shard
 
 
 @dataclass(frozen=True)
@@ -162,9 +170,14 @@ class _Share:
     rank: int
     processes: Processes
 
-    def of(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tensors:
-            yield share_prefix(self.rank) + name, self.processes.from_rank(tensor, self.rank) if self.rank else tensor
+    def of(self, entries: Sequence[Entry]) -> list[Entry]:
+        if self.rank == 0:
+            return list(entries)
+        prefix = share_prefix(self.rank)
+        return [replace(entry, name=prefix + entry.name, fetch=partial(self._sent, entry)) for entry in entries]
+
+    def _sent(self, entry: Entry) -> Tensor:
+        return self.processes.from_rank(entry.fetch(), self.rank)
 
 
 def _shares(engine: Engine) -> list[_Share]:
@@ -175,8 +188,16 @@ def _has_state(engine: Engine, live: Live, parameter: nn.Parameter) -> bool:
     return engine.store.has_state(live.optimizer, parameter)
 
 
-def _moments(engine: Engine, live: Live, trained: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-    for name, parameter in trained.items():
-        if _has_state(engine, live, parameter):
-            moments = engine.store.slots(live.optimizer, parameter)
-            yield from ((f"{name}:{slot}", values) for slot, values in moments.items())
+def _weights(engine: Engine, parameters: Mapping[str, nn.Parameter]) -> list[Entry]:
+    store = engine.store
+    return [Entry(name, store.shape(p), p.dtype, partial(store.read, p)) for name, p in parameters.items()]
+
+
+def _moments(engine: Engine, live: Live, trained: Mapping[str, nn.Parameter]) -> list[Entry]:
+    store, optimizer = engine.store, live.optimizer
+    return [
+        Entry(f"{name}:{slot}", store.shape(p), dtype, partial(store.read_slot, optimizer, p, slot))
+        for name, p in trained.items()
+        if store.has_state(optimizer, p)
+        for slot, dtype in store.slots(optimizer, p).items()
+    ]

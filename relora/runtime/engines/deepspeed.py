@@ -6,6 +6,7 @@ have no master. Adam's step count is one number a flat partition.
 """
 
 import gc
+import inspect
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -120,6 +121,8 @@ class DeepSpeedEngine:
             # Through these a parameter that is still read would keep masters and moments in memory.
             for attribute in ("_hp_mapping", "_z3_optimizer"):
                 vars(parameter).pop(attribute, None)
+        if self.stage == 3:
+            _forget(live.model)
         gc.collect()
 
     def _of_deepspeed(self, optimizer: Optimizer) -> Optimizer:
@@ -131,6 +134,19 @@ class DeepSpeedEngine:
         chosen = {key: optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
         made: Optimizer = kind(optimizer.param_groups, **chosen)  # decoupled decay is its default
         return made
+
+
+def _forget(model: nn.Module) -> None:
+    """Take a ZeRO-3 model out of two places of DeepSpeed 0.19 that would hold it until the process ends.
+
+    One is a list that every new engine appends its model to, the other the cache of a method, which holds `self`.
+    """
+    from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    FWD_MODULE_STACK[:] = [module for module in FWD_MODULE_STACK if module is not model]
+    cached = vars(PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+    inspect.getclosurevars(cached).nonlocals["func"].cache_clear()
 
 
 @dataclass(frozen=True)

@@ -108,9 +108,8 @@ class FSDP2Store(ShardedStore):
     def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
         return "step" in optimizer.state.get(parameter, {}) and bool(self.slot_parts(optimizer, parameter))
 
-    def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state = moments(optimizer.state.get(parameter, {}), parameter.shape)
-        return {slot: self._gathered(values) for slot, values in state.items()}
+    def read_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str) -> Tensor:
+        return self._gathered(optimizer.state[parameter][slot])
 
     def slot_parts(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Part]:
         state = moments(optimizer.state.get(parameter, {}), parameter.shape)

@@ -48,9 +48,11 @@ class ShardedStore(ABC):
         distributed.all_reduce(values)
         return values
 
-    def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-        shape, parts = self.shape(parameter), self.slot_parts(optimizer, parameter)
-        return {slot: self._whole(shape, part) for slot, part in parts.items()}
+    def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, torch.dtype]:
+        return {slot: part.values.dtype for slot, part in self.slot_parts(optimizer, parameter).items()}
+
+    def read_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str) -> Tensor:
+        return self._whole(self.shape(parameter), self.slot_parts(optimizer, parameter)[slot])
 
     def write_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str, values: Tensor) -> None:
         part = self.slot_parts(optimizer, parameter)[slot]

@@ -94,8 +94,8 @@ class Watch:
 
     def _connect(self) -> Store:
         # A plain connection first: TCPStore prints pages of C++ frames whenever it finds nobody.
-        with socket.create_connection((self._host, self._port), timeout=self._limits.every_s):
-            limit = timedelta(seconds=self._limits.every_s)
+        with socket.create_connection((self._host, self._port), timeout=self._limits.silent_s):
+            limit = timedelta(seconds=self._limits.silent_s)
         client = TCPStore(self._host, self._port, is_master=False, wait_for_workers=False, timeout=limit)
         store = PrefixStore(f"relora/watch/{self._name}", client)
         store.set(f"who/{self._rank}", self._me)
@@ -146,10 +146,9 @@ class Watch:
 
 
 class StandStill:
-    """How long a number has not changed, by the clock of this process and only while it runs.
+    """How long a number has not changed, by this process's clock and only while it runs: at most `most_s` a look.
 
-    A job that was suspended as a whole (Slurm does so, Ctrl-Z does) must not find, when it goes on, that all others
-    have been silent for hours: between two looks at most `most_s` count.
+    Else a job that was suspended as a whole (by Slurm, by Ctrl-Z) would go on to find all others silent for hours.
     """
 
     def __init__(self, most_s: float) -> None:

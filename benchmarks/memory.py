@@ -1,0 +1,182 @@
+"""Peak memory of each rank while a sharded run is built, saved, switched, restarted and resumed.
+
+    python benchmarks/memory.py            # two processes each under FSDP2 and ZeRO-3; about three minutes
+    python benchmarks/memory.py --engines fsdp2 --hidden-size 1024
+
+What a phase takes is its peak over the larger of the levels before and after it: memory that is needed only for
+a while. It is held against one block of the model. Resident memory of the process, with an allocator that gives
+back what is freed.
+"""
+
+import argparse
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# Fixed thresholds: glibc would otherwise learn to keep ever larger blocks, and torch's freed tensors with them.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+LAUNCHES = {
+    "fsdp2": {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    },
+    "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+}
+MIB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engines", nargs="+", choices=LAUNCHES, default=list(LAUNCHES))
+    parser.add_argument("--hidden-size", type=int, default=768)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rank-program", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rank_program:
+        measure(options.engines[0], options.hidden_size, options.layers)
+        return
+    print("| engine | rank | phase | level before | level after | peak over both | one block |\n|---|---|---|---|---|---|---|")
+    for engine in options.engines:
+        for line in launched(engine, options):
+            print(line, flush=True)
+
+
+def launched(engine: str, options: argparse.Namespace) -> list[str]:
+    """The rows that two ranks print, in the order of the ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    size = ["--hidden-size", str(options.hidden_size), "--layers", str(options.layers)]
+    environment = os.environ | ALLOCATOR | LAUNCHES[engine] | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, "--rank-program", "--engines", engine, *size],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=1200,
+    )
+    return sorted(line for line in result.stdout.splitlines() if line.startswith("| "))
+
+
+def resident() -> int:
+    return _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+@contextmanager
+def phase(name: str, table: list[tuple[str, int, int, int]]) -> Iterator[None]:
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    before = resident()
+    yield
+    peak = _status("VmHWM")
+    gc.collect()
+    table.append((name, before, resident(), peak))
+
+
+def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
+    """The phases of a run, by the functions that a run goes through."""
+    import torch
+
+    from relora.config import check
+    from relora.model import load_hf_config
+    from relora.runtime.checkpoint import Checkpoints
+    from relora.runtime.engines import connect
+    from relora.runtime.restore import complete_checkpoints, open_checkpoint
+    from relora.runtime.state import Clock, State
+    from relora.stages import Stage, build, switch
+
+    config = check(settings(hidden_size, num_layers))
+    hf_config, engine, table = load_hf_config(config.model), connect(config), list[tuple[str, int, int, int]]()
+    full, low = Stage("warm_start", 2), Stage("relora", 10)
+    how: dict[str, Any] = {"config": config, "hf_config": hf_config, "engine": engine}
+    ids = torch.randint(1000, (1, 64), generator=torch.Generator().manual_seed(engine.processes.rank))
+    batch = {"input_ids": ids, "labels": ids}
+    [shared] = [tempfile.mkdtemp()] if engine.processes.rank == 0 else [""]
+    folder = Path(from_first(shared, engine.processes))
+    checkpoints = Checkpoints(folder, limit=None, writes=engine.processes.rank == 0)
+    about = {"fingerprint": "", "data": ""}
+
+    with phase("build the warm start", table):
+        live = build(full, State(), **how)
+    block = sum(engine.store.shape(p).numel() * 4 for p in live.model.model.layers[0].parameters())
+    update(engine, live, batch)
+    with phase("update, full rank", table):
+        update(engine, live, batch)
+    with phase("save, full rank", table):
+        checkpoints.save(live, engine, Clock(1, 1), stage="warm_start", cycle=0, about=about)
+    with phase("switch to low rank", table):
+        state = switch(live, engine, Clock(2, 2))
+        del live
+        live = build(low, state, **how)
+        del state
+    update(engine, live, batch)
+    with phase("update, low rank", table):
+        update(engine, live, batch)
+    with phase("restart", table):
+        engine.restart(live, seed=0, index=1)
+    with phase("save, low rank", table):
+        checkpoints.save(live, engine, Clock(3, 3), stage="relora", cycle=1, about=about)
+    engine.processes.barrier()
+    engine.release(live)
+    del live
+    gc.collect()
+    with phase("resume, low rank", table):
+        live = build(low, open_checkpoint(complete_checkpoints(folder)[-1]), **how)
+    report(engine_name, engine.processes.rank, table, block)
+    engine.processes.close()
+
+
+def update(engine: Any, live: Any, batch: Any) -> None:
+    assert engine.update(live, [batch], seeds=[0], stop=False).applied
+
+
+def from_first(text: str, processes: Any) -> str:
+    from torch import distributed
+
+    texts = [text]
+    distributed.broadcast_object_list(texts)
+    return texts[0]
+
+
+def report(engine: str, rank: int, table: list[tuple[str, int, int, int]], block: int) -> None:
+    for number, (name, before, after, peak) in enumerate(table, start=1):
+        row = [f"{value / MIB:.0f} MiB" for value in (before, after, max(0, peak - max(before, after)), block)]
+        print(f"| {engine} | {rank} | {number}. {name} | " + " | ".join(row) + " |", flush=True)
+
+
+def settings(hidden_size: int, num_layers: int) -> dict[str, Any]:
+    return {
+        "output_dir": "unused",
+        "model": {
+            "config": {
+                "model_type": "llama",
+                "vocab_size": 4096,
+                "hidden_size": hidden_size,
+                "intermediate_size": hidden_size * 11 // 4,
+                "num_hidden_layers": num_layers,
+                "num_attention_heads": 8,
+                "max_position_embeddings": 64,
+            }
+        },
+        "data": {"sequence_length": 64, "eval_tokens": 64},
+        "lora": {"r": 16},
+        "relora": {"restart_every": 4, "warm_start_steps": 2},
+        "schedule": {"warmup_steps": 0, "restart_warmup_steps": 0},
+        "training": {"max_steps": 10, "global_batch_size": 2, "per_device_batch_size": 1, "mixed_precision": "no"},
+    }
+
+
+if __name__ == "__main__":
+    main()
