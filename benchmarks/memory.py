@@ -10,12 +10,11 @@ back what is freed.
 
 import argparse
 import gc
-import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,9 @@ def main() -> None:
     if options.rank_program:
         measure(options.engines[0], options.hidden_size, options.layers)
         return
-    print("| engine | rank | phase | level before | level after | peak over both | one block |\n|---|---|---|---|---|---|---|")
+    print(
+        "| engine | rank | phase | level before | level after | peak over both | one block |\n|---|---|---|---|---|---|---|"
+    )
     for engine in options.engines:
         for line in launched(engine, options):
             print(line, flush=True)
@@ -103,8 +104,7 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
     how: dict[str, Any] = {"config": config, "hf_config": hf_config, "engine": engine}
     ids = torch.randint(1000, (1, 64), generator=torch.Generator().manual_seed(engine.processes.rank))
     batch = {"input_ids": ids, "labels": ids}
-    [shared] = [tempfile.mkdtemp()] if engine.processes.rank == 0 else [""]
-    folder = Path(from_first(shared, engine.processes))
+    folder = Path(from_first(tempfile.mkdtemp() if engine.processes.rank == 0 else ""))
     checkpoints = Checkpoints(folder, limit=None, writes=engine.processes.rank == 0)
     about = {"fingerprint": "", "data": ""}
 
@@ -133,7 +133,8 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
     del live
     gc.collect()
     with phase("resume, low rank", table):
-        live = build(low, open_checkpoint(complete_checkpoints(folder)[-1]), **how)
+        resumed = build(low, open_checkpoint(complete_checkpoints(folder)[-1]), **how)
+    del resumed
     report(engine_name, engine.processes.rank, table, block)
     engine.processes.close()
 
@@ -142,7 +143,7 @@ def update(engine: Any, live: Any, batch: Any) -> None:
     assert engine.update(live, [batch], seeds=[0], stop=False).applied
 
 
-def from_first(text: str, processes: Any) -> str:
+def from_first(text: str) -> str:
     from torch import distributed
 
     texts = [text]

@@ -6,7 +6,7 @@ import inspect
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -123,6 +123,13 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     logits = model(**inputs).logits
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Keep the inputs of each block only, and compute the rest again in the backward pass."""
+    cast(PreTrainedModel, model).activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": False}
+    )
 
 
 def num_label_tokens(batch: Mapping[str, Tensor]) -> int:

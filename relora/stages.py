@@ -18,7 +18,7 @@ from relora.method.optimizer import build_optimizer
 from relora.method.reinit import draw_lora_A
 from relora.method.schedule import StageName
 from relora.method.store import Store
-from relora.model import empty_model
+from relora.model import empty_model, recompute_activations
 from relora.runtime.engines import Engine, Live
 from relora.runtime.rebuild import load_weights
 from relora.runtime.state import Clock, State
@@ -55,7 +55,7 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
     else:
         freeze_untrained(model, config.training.trainable)
     if config.model.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        recompute_activations(model)
     model.train()
     live = engine.prepare(model, partial(_optimizer, config=config))
     weights = first_weights(config, hf_config, engine.processes) if state.stage is None else state.weights

@@ -50,7 +50,7 @@ def train(config: Config, *, dry_run: bool = False, extend: bool = False) -> Non
     if dry_run:
         return _train(job, _rehearse)
     with folder.held() if is_first() else nullcontext(), _reason_in_status(folder, ours=True):
-        return _train(job, _run)
+        return _train(job, run)
 
 
 def _train(job: Job, what: Callable[[Job, Engine, State], None]) -> None:
@@ -67,7 +67,12 @@ def _train(job: Job, what: Callable[[Job, Engine, State], None]) -> None:
     engine.processes.close()
 
 
-def _run(job: Job, engine: Engine, state: State) -> None:
+def run(job: Job, engine: Engine, state: State) -> None:
+    """The stages of a run from `state` to its end, on an engine that is connected; every rank calls it.
+
+    Raises:
+        Stopped: as `train`.
+    """
     training, writes = job.config.training, engine.processes.rank == 0
     checkpoints = Checkpoints(job.folder.checkpoints, limit=training.save_total_limit, writes=writes)
     if writes:

@@ -33,11 +33,6 @@ LONG = {
     "training__max_steps": 40_000,
     "training__probe_steps": 0,
 }
-    "training__save_steps": 10_000,
-    "training__eval_steps": 10_000,
-    "training__max_steps": 40_000,
-    "training__probe_steps": 0,
-}
 
 
 @contextmanager

@@ -70,7 +70,7 @@ class DeepSpeedEngine:
         return restart(live.model, live.optimizer, store=self.store, **how)
 
     def compile(self, live: Live) -> None:
-        raise NotImplementedError("model.torch_compile is refused with DeepSpeed before a model is built")
+        live.model.compile()
 
     def update(self, live: Live, batches: Sequence[Batch], *, seeds: Sequence[int], stop: bool) -> Update:
         engine: Any = live.wrapped

@@ -50,10 +50,6 @@ def deepspeed_problems(config: Config, world_size: int) -> list[str]:
         return ["the launcher asks for DeepSpeed, which is not installed: pip install 'relora[deepspeed]'"]
     asked = _without_auto(DeepSpeedPlugin().deepspeed_config)
     problems = [*_of_sections(asked), *_of_numbers(asked, config, world_size), *_of_optimizer(asked)]
-    if config.model.torch_compile:
-        problems.append(
-            "model.torch_compile = true: DeepSpeed's hooks stand in every layer; compile under DDP or FSDP2"
-        )
     return [f"DeepSpeed: {problem}" for problem in problems]
 
 

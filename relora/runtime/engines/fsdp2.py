@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.optim import Optimizer
 
 from relora.method.store import Part, fresh_state, moments, set_step
+from relora.model import recompute_activations
 from relora.runtime.engines.base import Live
 from relora.runtime.engines.options import FSDPOptions
 from relora.runtime.engines.processes import Processes
@@ -52,17 +53,20 @@ class FSDP2Engine(TorchEngine):
             "reshard_after_forward": self._options.reshard_after_forward,
             "offload_policy": offload if self._options.cpu_offload else OffloadPolicy(),
         }
-        for block in self._options.units(model):
-            fully_shard(block, **sharding)
+        if self._options.activation_checkpointing:
+            recompute_activations(model)
+        self._units = self._options.units(model)  # fully_shard changes the names of their classes
+        for unit in self._units:
+            fully_shard(unit, **sharding)
         fully_shard(model, **sharding | {"reshard_after_forward": None})
         for buffer in model.buffers():
             buffer.data = buffer.data.to(self.processes.device)
         return Live(model=model, wrapped=model, optimizer=build_optimizer(model))
 
-    def compile(self, live: Live) -> None:
+    def compile(self, live: Live) -> None:  # noqa: ARG002
         """Block by block: the hooks that gather a block stand between them."""
-        for block in self._options.units(live.model):
-            block.compile()
+        for unit in self._units:
+            unit.compile()
 
     def sent_per_gradient_byte(self, num_micro_batches: int) -> float:
         n = self.processes.world_size

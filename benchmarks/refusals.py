@@ -1,0 +1,49 @@
+"""Why two launches are refused, in a few lines each: `python benchmarks/refusals.py fsdp1 | zero_bf16`."""
+
+import os
+import sys
+
+import torch
+from torch import distributed, nn
+
+NUM_MERGES, RELATIVE_SIZE = 10, 0.003
+
+
+def fsdp1() -> None:
+    """A frozen weight and a trained one in a unit of FSDP version 1."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    block = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    block[0].weight.requires_grad_(False)
+    try:
+        FullyShardedDataParallel(block, device_id=torch.device("cpu"))
+    except ValueError as error:
+        print(f"ValueError: {error}")
+
+
+def zero_bf16() -> None:
+    """What a frozen weight loses of small merges once DeepSpeed's bf16 section has rounded it."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(512, 512, bias=False), nn.Linear(512, 1, bias=False))
+    frozen = block[0].weight.requires_grad_(False)
+    settings = {"train_batch_size": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 2}}
+    trained = torch.optim.AdamW(block[1].parameters())
+    deepspeed.initialize(model=block, optimizer=trained, config=settings, dist_init_required=False)
+    start, merged = frozen.detach().clone().float(), torch.zeros(512, 512)
+    for _ in range(NUM_MERGES):
+        delta = torch.randn(512, 512) * frozen.float().std() * RELATIVE_SIZE
+        merged += delta
+        frozen.data += delta.to(frozen.dtype)
+    lost = (frozen.float() - start - merged).norm() / merged.norm()
+    print(f"the frozen weight is {frozen.dtype}, its fp32 master {safe_get_full_fp32_param(frozen)}")
+    print(f"{NUM_MERGES} merges of {RELATIVE_SIZE:.1%} of |W|: {lost:.0%} of what was merged is lost")
+
+
+if __name__ == "__main__":
+    os.environ |= {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    {"fsdp1": fsdp1, "zero_bf16": zero_bf16}[sys.argv[1]]()
+    distributed.destroy_process_group()

@@ -1,0 +1,137 @@
+"""What can go wrong inside an engine: bad updates, restarts done wrong, what a stage leaves behind, bf16."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launches import LAUNCHER
+from tests.processes import run
+from tests.runtime.test_engines import ENGINES
+
+TOLERANCE = 1e-4
+WRONG = 100 * TOLERANCE  # a control that comes out closer than this would not be told from a right restart
+SHARDED = ("fsdp2", "zero3")
+# What the launch file leaves to DeepSpeed keeps parameters as small as ours whole on every rank.
+ALL_PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+
+Told = dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def trials(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Told]:
+    """What the two ranks of an engine tell of each scenario; each engine is launched when it is first asked for."""
+    file = tmp_path_factory.mktemp("trials") / "zero3.json"
+    file.write_text(json.dumps(ALL_PARTITIONED))
+
+    @cache
+    def told(engine: str) -> Told:
+        # DeepSpeed's first run on a machine compiles for a minute.
+        result = run([*LAUNCHER, *options(engine, file), "-m", "tests.runtime.engine_trial"], timeout_s=300)
+        lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"scenario"')]
+        assert result.returncode == 0, result.stderr[-3000:]
+        return {name: [line for line in lines if line["scenario"] == name] for name in {x["scenario"] for x in lines}}
+
+    return told
+
+
+def options(engine: str, zero3: Path) -> list[str]:
+    if engine != "zero3":
+        return ["--config_file", f"launch/{engine}_cpu.yaml"]
+    size = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    return ["--use_deepspeed", "--deepspeed_config_file", str(zero3), *size]
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def told(engine: str, trials: Callable[[str], Told]) -> Told:
+    return trials(engine)
+
+
+def both(told: Told, scenario: str) -> list[dict[str, Any]]:
+    """What rank 0 and rank 1 tell of a scenario."""
+    assert sorted(line["rank"] for line in told.get(scenario, [])) == [0, 1], f"{scenario}: not told by both ranks"
+    return told[scenario]
+
+
+@pytest.mark.parametrize("kind", ["nan", "loss"])
+def test_a_bad_update_of_one_rank_is_made_by_none(told: Told, kind: str) -> None:
+    for line in both(told, f"bad {kind}"):
+        assert not line["applied"]
+        assert line["loss"] == {"nan": "nan", "loss": "inf"}[kind]
+        assert (line["weights_off"], line["slots_off"]) == (0, 0)
+        assert line["steps_equal"]
+    for line in both(told, "after bad"):
+        assert line["off"] <= TOLERANCE, "the good updates after it"
+
+
+def test_a_stage_hands_over_its_weights_and_nothing_else(told: Told) -> None:
+    for line in both(told, "switch"):
+        assert line["full_rank_off"] <= TOLERANCE
+        assert line["released_off"] == 0, "the weights of a released stage are still read"
+        assert line["off"] <= TOLERANCE
+        assert line["num_state"] > 0
+        assert (line["num_state_left"], line["num_weights_left"], line["objects_left"]) == (0, 0, [])
+
+
+def test_updates_around_a_restart_are_those_of_one_process(told: Told) -> None:
+    for line in both(told, "restart"):
+        assert line["off"] <= TOLERANCE
+        assert line["least_moved"] > WRONG, "nothing was compared"
+
+
+def test_a_resume_in_place_restarts_the_same(told: Told) -> None:
+    # The controls below go on from the same snapshot: what they show is their own mistake.
+    for line in both(told, "control right"):
+        assert line["raised"] is None
+        assert line["off"] <= TOLERANCE
+
+
+def test_kept_moments_would_be_seen(told: Told) -> None:
+    for line in both(told, "control moments kept"):
+        assert line["raised"] is None
+        assert line["off"] > WRONG
+
+
+@pytest.mark.parametrize("what", ["moments", "step"])
+def test_a_reset_that_is_not_written_is_refused(told: Told, what: str) -> None:
+    for line in both(told, f"control {what} not written"):
+        assert "reads back" in line["raised"]
+
+
+def test_a_stale_copy_is_refused_by_name(engine: str, told: Told) -> None:
+    copies = {"ddp": ["parameter"], "fsdp2": ["shard"]}.get(engine, ["parameter", "fp32 master"])
+    assert {name for name in told if "stale" in name} == {f"control stale {copy}" for copy in copies}
+    for copy in copies:
+        for line in both(told, f"control stale {copy}"):
+            assert f"the {copy} does not hold what the restart has written" in line["raised"]
+
+
+def test_a_master_left_out_would_be_seen(trials: Callable[[str], Told]) -> None:
+    for engine in ("zero1", "zero2", "zero3"):
+        for line in both(trials(engine), "control only what the model shows"):
+            assert line["raised"] is None
+            assert line["off"] > WRONG
+
+
+def test_a_wrong_part_would_be_seen(trials: Callable[[str], Told]) -> None:
+    for engine in ENGINES:
+        name = "control a part one row off"
+        assert (name in trials(engine)) == (engine in SHARDED)
+        for line in both(trials(engine), name) if engine in SHARDED else []:
+            assert line["raised"] is None
+            assert line["off"] > WRONG
+
+
+def test_bf16_keeps_float32_where_it_counts(told: Told) -> None:
+    for line in both(told, "bf16"):
+        assert line["dtypes"] == ["torch.float32"]
+        assert line["off"] <= TOLERANCE
+        assert line["off_if_rounded"] > 10 * TOLERANCE, "the tolerance would not tell gradients rounded to bf16"
