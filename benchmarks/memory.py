@@ -42,9 +42,7 @@ def main() -> None:
     if options.rank_program:
         measure(options.engines[0], options.hidden_size, options.layers)
         return
-    print(
-        "| engine | rank | phase | level before | level after | peak over both | one block |\n|---|---|---|---|---|---|---|"
-    )
+    print("| engine | rank | phase | level before | level after | peak over both | one block |\n" + "|---" * 7 + "|")
     for engine in options.engines:
         for line in launched(engine, options):
             print(line, flush=True)

@@ -75,6 +75,8 @@ else
 fi
 # Slurm signals the processes that it has started itself, and that is only the launcher, which must pass the signal on.
 # By default torchrun does not do so with SIGUSR1, and kills after 30 seconds.
-options+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout "${SHUTDOWN_TIMEOUT:-240}")
+# The ranks read it too, to know how much time a checkpoint has.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-240}
+options+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
 trap '' USR1   # nor may it kill torchrun while that still loads, or waits for the other machines
 exec "$python" -m torch.distributed.run "${options[@]}" -m relora train "$@"

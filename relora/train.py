@@ -56,13 +56,16 @@ def train(config: Config, *, dry_run: bool = False, extend: bool = False) -> Non
 def _train(job: Job, what: Callable[[Job, Engine, State], None]) -> None:
     state = newest_state(job)
     engine = connect(job.config)
-    _agree(job, engine, state)
-    if engine.processes.rank == 0:
-        _announce(job, engine, state)
     try:
+        _agree(job, engine, state)
+        if engine.processes.rank == 0:
+            _announce(job, engine, state)
         what(job, engine, state)
     except Stopped:
         engine.processes.close()
+        raise
+    except BaseException as error:
+        engine.processes.tell(error)
         raise
     engine.processes.close()
 

@@ -8,6 +8,7 @@ from accelerate import PartialState
 from torch import Tensor, distributed
 
 from relora.runtime.engines.launches import check_world
+from relora.runtime.engines.watch import Watch, agreed_name
 
 
 class Processes:
@@ -28,6 +29,9 @@ class Processes:
         device: torch.device = self._joined.device
         self.device = torch.device("cpu") if device.type == "cpu" else device
         check_world(self.world_size, num_processes)
+        self._watch = Watch(self.rank, self.world_size, agreed_name()) if self.world_size > 1 else None
+        if self._watch is not None:
+            self._watch.start()
         if alone_too and not distributed.is_initialized():
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
             distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -71,8 +75,16 @@ class Processes:
         if self.world_size > 1:
             self._joined.wait_for_everyone()
 
+    def tell(self, error: BaseException) -> None:
+        """Let the other ranks know why this one ends before its time. Not collective."""
+        if self._watch is not None:
+            self._watch.tell(f"{type(error).__name__}: {error}")
+
     def close(self) -> None:
         """Leave the process group, together."""
+        # Before the barrier: rank 0 may hold the store of the watch, and leaves as soon as all have come.
+        if self._watch is not None:
+            self._watch.stop()
         # Without the barrier gloo processes now and then abort after correct results.
         self.barrier()
         if distributed.is_initialized():
