@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -28,11 +29,13 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Told]:
     file.write_text(json.dumps(ALL_PARTITIONED))
 
     @cache
-    def told(engine: str) -> Told:
+    def made(engine: str) -> CompletedProcess[str]:
         # DeepSpeed's first run on a machine compiles for a minute.
-        result = run([*LAUNCHER, *options(engine, file), "-m", "tests.runtime.engine_trial"], timeout_s=300)
-        lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith('{"scenario"')]
-        assert result.returncode == 0, result.stderr[-3000:]
+        return run([*LAUNCHER, *options(engine, file), "-m", "tests.runtime.engine_trial"], timeout_s=300)
+
+    def told(engine: str) -> Told:
+        lines = [json.loads(line) for line in made(engine).stdout.splitlines() if line.startswith('{"scenario"')]
+        assert made(engine).returncode == 0, made(engine).stderr[-6000:]
         return {name: [line for line in lines if line["scenario"] == name] for name in {x["scenario"] for x in lines}}
 
     return told

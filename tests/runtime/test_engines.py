@@ -3,9 +3,10 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -19,7 +20,8 @@ from relora.method.reinit import draw_lora_A
 from relora.runtime.restore import open_checkpoint
 from relora.runtime.state import State
 from relora.train import train
-from tests.launches import accelerate, written
+from tests import processes
+from tests.launches import command, written
 from tests.runtime.test_resume import assert_same, stopped
 from tests.tiny import metrics, only, settings
 
@@ -48,14 +50,18 @@ HARD = {
 
 @dataclass(frozen=True)
 class Run:
-    """A run that has ended: its settings, and what its launch printed."""
+    """A run that has ended: its settings, and the launch that it ended with."""
 
     tree: dict[str, Any]
-    printed: str = ""
+    launch: CompletedProcess[str] = field(default_factory=lambda: CompletedProcess((), 0))
 
     @property
     def folder(self) -> Path:
         return Path(self.tree["output_dir"])
+
+    def ended_well(self) -> "Run":
+        assert self.launch.returncode == 0, self.launch.stderr[-6000:]
+        return self
 
     def state(self, step: int) -> State:
         return open_checkpoint(self.folder / "checkpoints" / f"step-{step:08d}")
@@ -66,7 +72,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Run]:
-    """The run under an engine, or by a single process; each is made when it is first asked for."""
+    """The run under an engine, or by a single process; each is made when it is first asked for, and only once."""
     folder = tmp_path_factory.mktemp("engines")
 
     @cache
@@ -75,9 +81,9 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
         if engine == "single":
             train(check(tree))
             return Run(tree)
-        return Run(tree, launched(engine, tree, folder))
+        return launched(engine, tree, folder)
 
-    return made
+    return lambda engine: made(engine).ended_well()
 
 
 @pytest.fixture(scope="module")
@@ -96,20 +102,21 @@ def pair(engine: str, runs: Callable[[str], Run]) -> Run:
     return runs(engine)
 
 
-def launched(engine: str, tree: dict[str, Any], folder: Path) -> str:
-    """Train by two processes on the CPU, as the file in launch/ says; what they printed."""
-    return accelerate(f"{engine}_cpu", written(tree, folder)).stdout
+def launched(engine: str, tree: dict[str, Any], folder: Path) -> Run:
+    """Train by two processes on the CPU, as the file in launch/ says."""
+    # DeepSpeed's first run on a machine compiles for a minute.
+    return Run(tree, processes.run(command(f"{engine}_cpu", written(tree, folder)), timeout_s=300))
 
 
 def assert_equal_numbers(run: Run, single: Run) -> None:
     """All that metrics.jsonl tells of the two, timings apart."""
     ours, theirs = metrics(single.folder), metrics(run.folder)
     assert [(line["step"], line.keys()) for line in theirs] == [(line["step"], line.keys()) for line in ours]
-    for field in {key for line in ours for key in line}:
-        expected, found = only(ours, field), only(theirs, field)
+    for name in {key for line in ours for key in line}:
+        expected, found = only(ours, name), only(theirs, name)
         # The rate is no measurement; the error of a merge is rounding, and so its own.
-        tolerance = {"learning_rate": 0.0, "merge_error": 1e-6}.get(field, TOLERANCE)
-        assert found == pytest.approx(expected, abs=tolerance, rel=0), field
+        tolerance = {"learning_rate": 0.0, "merge_error": 1e-6}.get(name, TOLERANCE)
+        assert found == pytest.approx(expected, abs=tolerance, rel=0), name
 
 
 def assert_equal_weights(run: Run, single: Run) -> None:
@@ -125,9 +132,9 @@ def is_factor(name: str) -> bool:
 
 def test_the_first_line_says_what_runs(engine: str, pair: Run) -> None:
     # DeepSpeed talks too, in the launcher's own process.
-    ours = [line for line in pair.printed.splitlines() if not re.match(r"\[.*\[WARNING\]", line)]
+    ours = [line for line in pair.launch.stdout.splitlines() if not re.match(r"\[.*\[WARNING\]", line)]
     assert f"engine {NAMES[engine]}, world size 2, device cpu" in ours[0]
-    assert pair.printed.count("engine ") == 1, "only rank 0 talks"
+    assert pair.launch.stdout.count("engine ") == 1, "only rank 0 talks"
 
 
 @pytest.mark.parametrize("stage", ["warm_start", "relora"])
@@ -245,11 +252,11 @@ def test_goes_on_under_another_engine(
     source: str, step: int, target: str, runs: Callable[[str], Run], single: Run, tmp_path: Path
 ) -> None:
     tree = stopped(runs(source).tree, step, tmp_path / target)
-    run = Run(tree, launched(target, tree, tmp_path))
-    assert f"engine {NAMES[target]}, world size 2" in run.printed
-    assert f"going on from step {step}," in run.printed
-    assert_equal_numbers(run, single)
-    assert_equal_weights(run, single)
+    again = launched(target, tree, tmp_path).ended_well()
+    assert f"engine {NAMES[target]}, world size 2" in again.launch.stdout
+    assert f"going on from step {step}," in again.launch.stdout
+    assert_equal_numbers(again, single)
+    assert_equal_weights(again, single)
 
 
 @pytest.mark.parametrize(("source", "step"), [("ddp", 15), ("zero3", 10)])
@@ -265,5 +272,5 @@ def test_one_process_goes_on_where_two_stopped(
 def test_the_same_engine_goes_on_to_the_bit(runs: Callable[[str], Run], tmp_path: Path) -> None:
     # ZeRO-3, which has the most to put back: partitions of weights, masters and moments.
     tree = stopped(runs("zero3").tree, 15, tmp_path / "zero3")
-    launched("zero3", tree, tmp_path)
+    launched("zero3", tree, tmp_path).ended_well()
     assert_same(tree["output_dir"], runs("zero3").folder, last=END)
