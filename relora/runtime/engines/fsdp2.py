@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from relora.method.store import Part, fresh_state, moments, set_step
@@ -44,6 +44,7 @@ class FSDP2Engine(TorchEngine):
         self.name = f"FSDP2 ({processes.backend})"
         self.store = FSDP2Store(processes.device)
         self._options, self._sync_each_batch = options, sync_each_batch
+        self._units: list[nn.Module] = []
         self._mesh = init_device_mesh(processes.device.type, (processes.world_size,))
 
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> Live:
@@ -67,6 +68,10 @@ class FSDP2Engine(TorchEngine):
         """Block by block: the hooks that gather a block stand between them."""
         for unit in self._units:
             unit.compile()
+
+    def release(self, live: Live) -> None:
+        super().release(live)
+        self._units = []
 
     def sent_per_gradient_byte(self, num_micro_batches: int) -> float:
         n = self.processes.world_size
@@ -103,17 +108,11 @@ class FSDP2Store(ShardedStore):
     def is_sharded(self, parameter: nn.Parameter) -> bool:  # noqa: ARG002
         return True
 
-    def read(self, parameter: nn.Parameter) -> Tensor:
-        return self._gathered(parameter.detach())
-
     def copies(self, parameter: nn.Parameter) -> Mapping[str, Part]:
         return {"shard": _part(parameter.detach())}
 
     def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
         return "step" in optimizer.state.get(parameter, {}) and bool(self.slot_parts(optimizer, parameter))
-
-    def read_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str) -> Tensor:
-        return self._gathered(optimizer.state[parameter][slot])
 
     def slot_parts(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Part]:
         state = moments(optimizer.state.get(parameter, {}), parameter.shape)
@@ -127,15 +126,6 @@ class FSDP2Store(ShardedStore):
 
     def make_state(self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, torch.dtype]) -> None:
         optimizer.state[parameter] = fresh_state(parameter.detach(), slots)
-
-    def _gathered(self, tensor: Tensor) -> Tensor:
-        """The full tensor on the device of the process group, from wherever it is offloaded to."""
-        sharded = cast(DTensor, tensor)
-        local = sharded.to_local().to(self._device)
-        moved = DTensor.from_local(
-            local, sharded.device_mesh, sharded.placements, shape=sharded.shape, stride=sharded.stride()
-        )
-        return moved.redistribute(placements=[Replicate()]).to_local()
 
 
 def _part(tensor: Tensor) -> Part:
