@@ -169,7 +169,8 @@ def _stop(arrival: Arrival, clock: Clock, kept: Kept, job: Job) -> NoReturn:
 
 def _begin(stage: Stage, live: Live, *, is_new: bool, job: Job, kept: Kept) -> Arrival:
     """Say and keep what the stage starts from, and set up its housekeeping."""
-    engine, folder, counted = kept.engine, job.folder, census(live.model)
+    engine, folder = kept.engine, job.folder
+    counted = census(live.model, engine.store.shape)
     is_first_rank = engine.processes.rank == 0
     kept.tracker.say(f"{_title(stage)}\n{counted.table()}")
     if is_first_rank:
@@ -198,7 +199,7 @@ def _rehearse(job: Job, engine: Engine, state: State) -> None:
     with engine.inference(live):
         loss = engine.token_losses(live, batch).item() / max(1, num_label_tokens(batch))
     if engine.processes.rank == 0:
-        print(f"{_title(stage)}\n{census(live.model).table()}")
+        print(f"{_title(stage)}\n{census(live.model, engine.store.shape).table()}")
         print(f"dry run: built, one forward pass, loss {loss:.4f} nats. Nothing was written to {job.folder.path}")
 
 

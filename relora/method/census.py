@@ -1,13 +1,16 @@
 """Who is who among the parameters of a model: wrapped, factors, trained in full, frozen."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from relora.method.lora import LoRALinear, lora_layers
 from relora.method.names import named_parameters
+
+Shape = Callable[[nn.Parameter], torch.Size]
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,9 @@ class Group:
     num_bytes: int
 
     @classmethod
-    def of(cls, parameters: Iterable[nn.Parameter]) -> "Group":
-        held = list(parameters)
-        return cls(len(held), sum(p.numel() for p in held), sum(p.numel() * p.element_size() for p in held))
+    def of(cls, parameters: Iterable[nn.Parameter], shape: Shape) -> "Group":
+        held = [(shape(p).numel(), p.element_size()) for p in parameters]
+        return cls(len(held), sum(numel for numel, _ in held), sum(numel * size for numel, size in held))
 
 
 @dataclass(frozen=True)
@@ -60,8 +63,12 @@ class Census:
         )
 
 
-def census(model: nn.Module) -> Census:
-    """Count the parameters of `model`, wrapped or plain, each once."""
+def census(model: nn.Module, shape: Shape = lambda p: p.shape) -> Census:
+    """Count the parameters of `model`, wrapped or plain, each once.
+
+    Args:
+        shape: the full shape of a parameter, where an engine leaves the model only a part of it.
+    """
     layers = lora_layers(model)
     wrapped = {id(layer.weight) for layer in layers.values()}
     factors = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
@@ -69,10 +76,10 @@ def census(model: nn.Module) -> Census:
     rest = {name: p for name, p in parameters.items() if id(p) not in wrapped | factors}
     frozen = {name: p for name, p in rest.items() if not p.requires_grad}
     return Census(
-        wrapped=Group.of(p for p in parameters.values() if id(p) in wrapped),
-        factors=Group.of(p for p in parameters.values() if id(p) in factors),
-        full=Group.of(p for p in rest.values() if p.requires_grad),
-        frozen=Group.of(frozen.values()),
+        wrapped=Group.of((p for p in parameters.values() if id(p) in wrapped), shape),
+        factors=Group.of((p for p in parameters.values() if id(p) in factors), shape),
+        full=Group.of((p for p in rest.values() if p.requires_grad), shape),
+        frozen=Group.of(frozen.values(), shape),
         wrapped_layers={name: _shape(layer) for name, layer in layers.items()},
         frozen_names=list(frozen),
     )

@@ -157,15 +157,6 @@ def test_deepspeed_that_is_not_installed(corpus: Path, tmp_path: Path, monkeypat
     assert problem.endswith("which is not installed: pip install 'relora[deepspeed]'")
 
 
-def test_what_deepspeed_cannot_compile_is_refused(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    as_rank_0_of(file("zero2_cpu"), monkeypatch)
-    model = settings(corpus, tmp_path)["model"] | {"torch_compile": True}
-    [problem] = problems(corpus, tmp_path, model=model)
-    assert problem.startswith("DeepSpeed: model.torch_compile = true")
-
-
 def multi_cpu(folder: Path) -> list[str]:
     """The accelerate file that looks like two processes on the CPU."""
     path = folder / "multi_cpu.yaml"

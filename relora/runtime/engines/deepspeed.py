@@ -110,6 +110,10 @@ class DeepSpeedEngine:
         engine: Any = live.wrapped
         engine.destroy()
         self.store.zero = None
+        # Parameters that are still read hold ZeRO's optimizer, by closures that DeepSpeed has hung on them.
+        zero: Any = live.optimizer
+        zero.optimizer.state.clear()
+        (zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups).clear()
         for parameter in live.model.parameters():
             # Through these a parameter that is still read would keep masters and moments in memory.
             for attribute in ("_hp_mapping", "_z3_optimizer"):

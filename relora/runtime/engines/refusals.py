@@ -7,6 +7,12 @@ from relora.runtime.engines.deepspeed_options import deepspeed_problems
 from relora.runtime.engines.launches import launched_engine
 
 NOT_THERE = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_TP": "tensor parallelism"}
+SIZES_NOT_THERE = {
+    "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism",
+    "PARALLELISM_CONFIG_CP_SIZE": "context parallelism",
+    "PARALLELISM_CONFIG_SP_SIZE": "sequence parallelism",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "hybrid sharding",
+}
 
 
 def launch_refusals(config: Config, world_size: int) -> list[str]:
@@ -16,6 +22,12 @@ def launch_refusals(config: Config, world_size: int) -> list[str]:
         "use one of the files in launch/"
         for variable, name in NOT_THERE.items()
         if os.environ.get(variable, "false").lower() in ("true", "1")
+    ]
+    problems += [
+        f"the launcher asks for {name} ({variable}={os.environ[variable]}): relora has one process, DDP, FSDP2 and "
+        "DeepSpeed ZeRO; use one of the files in launch/"
+        for variable, name in SIZES_NOT_THERE.items()
+        if int(os.environ.get(variable, "1")) > 1
     ]
     kind = launched_engine()
     if kind == "deepspeed":
