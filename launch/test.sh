@@ -6,5 +6,5 @@ set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd -- "$root"
-bash launch/setup.sh deepspeed,plots,test
+bash launch/setup.sh deepspeed,plots,quantization,test
 exec .venv/bin/python -m pytest "$@"

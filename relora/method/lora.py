@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from relora.method.base_weights import BaseDtype, Grid
 from relora.method.names import canonical
+from relora.method.store import Part
 
 FACTORS = ("lora_A", "lora_B")
+Route = Literal["auto", "merged", "factored"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,10 @@ class LoRAConfig:
             name must match, or names and suffixes of names.
         modules_to_save: modules that train in full, by name or suffix; "rest" for every parameter that is
             not a wrapped weight; None for none.
+        base_dtype: how the frozen weights are stored; None as they come. Beside a coarser grid than float32 an
+            exact fp32 master of each is kept in host memory.
+        forward: merged (one product with W + delta), factored (x A^T B^T beside x W^T), or auto: the cheaper.
+        keep_merged: keep W + delta of the merged route until the factors change, instead of forming it twice.
     """
 
     r: int = 128
@@ -41,6 +48,9 @@ class LoRAConfig:
     bias: Literal["none", "all", "lora_only"] = "none"
     target_modules: str | tuple[str, ...] | list[str] = "all-linear"
     modules_to_save: Literal["rest"] | tuple[str, ...] | list[str] | None = None
+    base_dtype: BaseDtype | None = None
+    forward: Route = "auto"
+    keep_merged: bool = False
 
     def __post_init__(self) -> None:
         rules = {
@@ -65,9 +75,16 @@ class LoRALinear(nn.Module):
     `weight` and `bias` are the parameters of the wrapped layer and keep their names. A and B are float32
     (float64 around a float64 weight). B begins at zero, A as torch draws it; `inject_lora` and `restart`
     draw A from a key instead.
+
+    Attributes:
+        weight: W as it is stored: of its own shape, or codes.
+        grid: how it is stored.
+        master: the exact W in float32 in host memory, or this process's part of it, beside a stored W that is
+            coarser; else None.
     """
 
     bias: nn.Parameter | None
+    master: Part | None
 
     def __init__(self, plain: nn.Module, config: LoRAConfig) -> None:
         super().__init__()
@@ -76,7 +93,12 @@ class LoRALinear(nn.Module):
         d_out, d_in = reversed(weight.shape) if self.transposed else weight.shape
         self.in_features, self.out_features, self.r = d_in, d_out, config.r
         self.scale = config.scale
-        self.weight = weight
+        self.grid = Grid(config.base_dtype, tuple(weight.shape))
+        stored = self.grid.encode(weight.detach())
+        # The same parameter where nothing is rounded: others may hold it.
+        is_same = (stored.dtype, stored.shape) == (weight.dtype, weight.shape)
+        self.weight = weight if is_same else nn.Parameter(stored, requires_grad=False)
+        self.master = Part(weight.detach().float().cpu(), 0) if self.grid.is_coarse else None
         self.bias = bias
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.empty(config.r, d_in, dtype=dtype, device=weight.device))
@@ -88,10 +110,11 @@ class LoRALinear(nn.Module):
         plain.register_parameter("weight", None)
         plain.register_parameter("bias", None)
         self.__dict__["_plain"] = plain
+        self._plain_dtype = weight.dtype
 
     @classmethod
     def from_linear(cls, plain: nn.Module, config: LoRAConfig) -> "LoRALinear":
-        """Wrap `plain`; its weight stays where it is and is frozen."""
+        """Wrap `plain`; its weight is frozen, and stays where it is unless it is to be stored otherwise."""
         layer = cls(plain, config)
         layer.weight.requires_grad_(False)
         return layer
@@ -99,12 +122,17 @@ class LoRALinear(nn.Module):
     def to_linear(self) -> nn.Module:
         """The plain layer again, holding this layer's weight and bias as they now are; A and B are dropped."""
         plain = cast(nn.Module, self.__dict__["_plain"])
-        plain.register_parameter("weight", self.weight)
+        weight = self.weight
+        if weight.dtype != self._plain_dtype or self.master is not None:
+            exact = self.weight if self.master is None else self.master.values
+            weight = nn.Parameter(exact.to(weight.device, self._plain_dtype, copy=True), requires_grad=False)
+        plain.register_parameter("weight", weight)
         plain.register_parameter("bias", self.bias)
         return plain
 
     def forward(self, x: Tensor) -> Tensor:
-        W = self.weight.T if self.transposed else self.weight
+        W = self.grid.decode(self.weight, x.dtype)
+        W = W.T if self.transposed else W
         # Factors are fp32 beside a bf16 weight too; inside autocast the cast is autocast's.
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         low = F.linear(self.dropout(x), A) * self.scale

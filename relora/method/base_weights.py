@@ -1,0 +1,101 @@
+"""How a frozen weight W is stored: as it came, rounded to a coarser type, or as codes on a 8- or 4-bit grid.
+
+The codes are bitsandbytes' (docs/dependencies.md says why): blocks of 64 entries share a scale. int8 is linear; nf4 is
+the normal-float grid of QLoRA (arXiv 2305.14314). A grid forgets what is finer than it; whoever merges into it keeps
+an exact fp32 master beside it.
+"""
+
+import importlib
+import importlib.util
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+BaseDtype = Literal["float32", "bfloat16", "int8", "nf4"]
+
+INSTALL = "pip install 'relora[quantization]'"
+_BLOCK = 64
+_FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_CODES_PER_BYTE = {"int8": 1, "nf4": 2}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How one weight is stored.
+
+    Attributes:
+        name: None for a weight that stays in the dtype in which it came.
+        shape: of W, in the layout of its layer.
+
+    Raises:
+        ModuleNotFoundError: the grid is int8 or nf4, and bitsandbytes is missing.
+    """
+
+    name: BaseDtype | None
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.is_coded:
+            problem = quantization_problem(self.name or "")
+            if problem is not None:
+                raise ModuleNotFoundError(problem)
+            importlib.import_module("bitsandbytes")  # registers its operators, which torch.compile can trace
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether W is kept as codes: one flat uint8 tensor, the scales of the blocks first."""
+        return self.name in _CODES_PER_BYTE
+
+    @property
+    def is_coarse(self) -> bool:
+        """Whether a merge into what is stored would lose part of it, so that there must be an exact master."""
+        return self.is_coded or self.name == "bfloat16"
+
+    def encode(self, values: Tensor) -> Tensor:
+        """What is stored of `values`, rounded once.
+
+        Args:
+            values: of `shape`, any float dtype.
+        """
+        if self.name is None:
+            return values
+        if not self.is_coded:
+            return values.to(_FLOATS[self.name])
+        ops, flat = torch.ops.bitsandbytes, values.to(torch.float32).flatten()
+        if self.name == "nf4":
+            codes, scales = ops.quantize_4bit(flat, _BLOCK, "nf4", torch.uint8)
+        else:
+            codes, scales = ops.quantize_blockwise(flat, _linear_map(flat.device), _BLOCK)
+        return torch.cat([scales.float().view(torch.uint8), codes.flatten()])
+
+    def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+        """W of `shape` in `dtype`, out of what is stored. Shares its memory where nothing has to be done."""
+        if not self.is_coded:
+            return stored.to(dtype)
+        ops, num_scale_bytes = torch.ops.bitsandbytes, 4 * self._num_blocks
+        scales, codes = stored[:num_scale_bytes].view(torch.float32), stored[num_scale_bytes:]
+        if self.name == "nf4":
+            values: Tensor = ops.dequantize_4bit(codes.view(-1, 1), scales, _BLOCK, "nf4", self.shape, dtype)
+        else:
+            values = ops.dequantize_blockwise(codes, scales, _linear_map(codes.device), _BLOCK, dtype)
+        return values.view(self.shape)
+
+    @property
+    def _num_blocks(self) -> int:
+        return -(-math.prod(self.shape) // _BLOCK)
+
+
+def quantization_problem(name: str) -> str | None:
+    """Why weights cannot be stored so here: the library of int8 and nf4 is an extra."""
+    if name not in _CODES_PER_BYTE or importlib.util.find_spec("bitsandbytes") is not None:
+        return None
+    return f"{name} needs bitsandbytes: {INSTALL}"
+
+
+def _linear_map(device: torch.device) -> Tensor:
+    """The 256 values of an int8 code for a scale of 1: -1, -126/127, ..., 1."""
+    steps = torch.arange(-127, 129, dtype=torch.float32, device=device) / 127
+    return steps.clamp_(max=1)
