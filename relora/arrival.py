@@ -18,6 +18,7 @@ from relora.method.lora import lora_delta, lora_layers
 from relora.runtime.checkpoint import Checkpoints
 from relora.runtime.engines import Engine, Live
 from relora.runtime.evaluate import held_out_loss, perplexity
+from relora.runtime.masters import exact_weights
 from relora.runtime.sample import sample_text
 from relora.runtime.state import Clock, State
 from relora.runtime.tracking import Tracker
@@ -101,11 +102,15 @@ class Arrival:
                 reinit=relora.reinit,
                 optimizer_reset=relora.optimizer_reset,
                 prune_ratio=relora.prune_ratio,
+                carries=relora.carry_residual,
             )
         seconds = time.perf_counter() - start_s
         if not self.engine.processes.same_everywhere(checksum(self.live.model, self.engine)):
             raise RuntimeError(f"after the restart at step {step} the processes hold different weights")
         probes = {"probe_loss_before": before, "probe_loss_after": self._probe_loss()}
+        if self.plan.config.lora.base_dtype != "float32":
+            with exact_weights(self.live.model, self.engine):
+                probes["probe_loss_master"] = self._probe_loss()
         costs = {"restart_seconds": seconds, "bytes_sent": traffic.bytes_sent}
         self.tracker.line({"step": step, "restart": index} | asdict(report) | costs | probes)
         self.tracker.spectra(self._spectra(), step)
@@ -183,7 +188,7 @@ def checksum(model: nn.Module, engine: Engine) -> str:
     sums, store = [], engine.store
     for layer in lora_layers(model).values():
         [W] = store.copies(layer.weight).values()
-        if W.values.numel() == store.shape(layer.weight).numel():
+        if not W.is_shared:
             sums.append(W.values.sum(dtype=torch.float64))
         if not engine.is_apart:
             sums.append(store.read(layer.lora_A).sum(dtype=torch.float64))

@@ -16,6 +16,7 @@ from relora.config.derived import Plan, accumulation_steps, fingerprint, identit
 from relora.config.messages import shown
 from relora.config.problems import folder_problems
 from relora.data import PreparedData, check_amount, check_files, prepare
+from relora.method.base_weights import quantization_problem
 from relora.method.census import census
 from relora.method.inject import inject_lora
 from relora.method.targets import find_modules, find_targets
@@ -84,9 +85,16 @@ def launch_problems(config: Config) -> list[str]:
     world_size = launched_world_size()
     return [
         *launch_refusals(config, world_size),
+        *missing_libraries(config),
         *_problems_of(lambda: check_world(world_size, config.training.num_processes)),
         *_problems_of(lambda: accumulation_steps(config, world_size)),
     ]
+
+
+def missing_libraries(config: Config) -> list[str]:
+    """What the settings need that is not installed, with the line that installs it."""
+    problem = quantization_problem(config.lora.base_dtype) if config.training.method != "full" else None
+    return [f"lora.base_dtype = {problem}"] if problem else []
 
 
 def check_surroundings(

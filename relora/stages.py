@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 from torch.optim import Optimizer
@@ -16,10 +17,12 @@ from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.method.optimizer import build_optimizer
 from relora.method.reinit import draw_lora_A
+from relora.method.restart import begin_carried
 from relora.method.schedule import StageName
 from relora.method.store import Store
 from relora.model import empty_model, recompute_activations
 from relora.runtime.engines import Engine, Live
+from relora.runtime.masters import place_masters
 from relora.runtime.rebuild import load_weights
 from relora.runtime.state import Clock, State
 from relora.runtime.weights import Handover, first_weights
@@ -58,9 +61,13 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
         recompute_activations(model)
     model.train()
     live = engine.prepare(model, partial(_optimizer, config=config))
+    place_masters(live.model, engine, folder=Path(config.output_dir) if config.lora.master == "disk" else None)
     weights = first_weights(config, hf_config, engine.processes) if state.stage is None else state.weights
     load_weights(live.model, weights, engine.store, factors=state.stage == stage.name)
+    if stage.is_low_rank and state.stage != stage.name and config.relora.carry_residual:
+        begin_carried(live.model, seed=config.seed, store=engine.store)
     if state.stage == stage.name:
+        _load_codes(live, state, engine.store)
         _load_optimizer(live, state, engine.store)
         if state.share != engine.stream:
             _draw_own(live, state.cycle, config, engine)
@@ -117,6 +124,14 @@ def _optimizer(model: nn.Module, config: Config) -> Optimizer:
         adam_epsilon=optim.adam_epsilon,
         weight_decay=optim.weight_decay,
     )
+
+
+def _load_codes(live: Live, state: State, store: Store) -> None:
+    """What the model computes with; where factors carry the rest of the exact W it does not follow from the master."""
+    parameters: Mapping[str, nn.Parameter] = named_parameters(live.model)
+    for name, codes in state.codes.items():
+        for part in store.copies(parameters[name]).values():
+            part.values.copy_(part.of(codes))
 
 
 def _load_optimizer(live: Live, state: State, store: Store) -> None:

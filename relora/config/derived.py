@@ -95,6 +95,7 @@ def lora_config(config: Config) -> LoRAConfig:
         lora_dropout=lora.lora_dropout,
         bias=lora.bias,
         target_modules=lora.target_modules,
+        base_dtype=lora.base_dtype,
         modules_to_save=auto if lora.modules_to_save == "auto" else lora.modules_to_save,
     )
 

@@ -109,13 +109,16 @@ def _regex(key: str, pattern: str) -> str | None:
     return None
 
 
-def _base_dtype(c: Config) -> str | None:
-    if c.training.method == "full" or c.lora.base_dtype == "float32":
+def _carry_residual(c: Config) -> str | None:
+    if not c.relora.carry_residual:
         return None
-    return (
-        f"lora.base_dtype = {c.lora.base_dtype}: only float32 is built yet; "
-        "a coarser grid would round away part of what a restart merges"
-    )
+    if c.lora.base_dtype not in ("int8", "nf4"):
+        return f"relora.carry_residual = true: needs lora.base_dtype int8 or nf4, not {c.lora.base_dtype}"
+    if c.relora.sync == "restart":
+        return (
+            "relora.carry_residual = true: needs relora.sync = step; processes that train apart draw their own factors"
+        )
+    return None
 
 
 def _sync(c: Config) -> str | None:
@@ -168,7 +171,7 @@ RULES = (
     Rule(("data.eval_tokens", "data.sequence_length"), _eval_tokens),
     Rule(("training.trainable", "training.method"), _trainable),
     Rule(("lora.target_modules",), _targets),
-    Rule(("lora.base_dtype", "training.method"), _base_dtype),
+    Rule(("relora.carry_residual", "lora.base_dtype", "relora.sync"), _carry_residual),
     Rule(
         ("relora.sync", "training.method", "relora.restart_every", "relora.warm_start_steps", "training.max_steps"),
         _sync,

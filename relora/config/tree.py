@@ -100,7 +100,14 @@ class LoraSection(Section):
         "from scratch every parameter that is not a wrapped weight",
     )
     base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = Field(
-        "float32", description="how the frozen weights are stored; only float32 for now"
+        "float32",
+        description="how the frozen weights are stored; beside any but float32 an exact float32 master is kept, "
+        "which takes the merges (int8 and nf4: relora[quantization])",
+    )
+    master: Literal["host", "disk"] = Field(
+        "host",
+        description="where these masters rest: in memory, or mapped from files in output_dir",
+        json_schema_extra=HOW,
     )
 
 
@@ -113,6 +120,10 @@ class ReloraSection(Section):
     )
     prune_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="share of the moments that magnitude and random set to zero"
+    )
+    carry_residual: bool = Field(
+        False,
+        description="int8 and nf4: new factors begin as the part of rank r of what the codes lack of the exact weights",
     )
     sync: Literal["step", "restart"] = Field(
         "step",

@@ -78,10 +78,25 @@ class Grid:
         ops, num_scale_bytes = torch.ops.bitsandbytes, 4 * self._num_blocks
         scales, codes = stored[:num_scale_bytes].view(torch.float32), stored[num_scale_bytes:]
         if self.name == "nf4":
-            values: Tensor = ops.dequantize_4bit(codes.view(-1, 1), scales, _BLOCK, "nf4", self.shape, dtype)
+            values: Tensor = ops.dequantize_4bit(codes.view(-1, 1), scales, _BLOCK, "nf4", self._flat, dtype)
         else:
             values = ops.dequantize_blockwise(codes, scales, _linear_map(codes.device), _BLOCK, dtype)
         return values.view(self.shape)
+
+    def num_bytes(self, dtype: torch.dtype) -> int:
+        """What is stored takes so much, in the dtype `dtype` unless it is codes: those of all blocks, and scales."""
+        numel = math.prod(self.shape)
+        if not self.is_coded:
+            return numel * dtype.itemsize
+        return -(-numel // _CODES_PER_BYTE[self.name or ""]) + 4 * self._num_blocks
+
+    @property
+    def _flat(self) -> list[int]:
+        """A shape of so many entries whose rows hold whole blocks: on the CPU the library begins a new one in each row,
+        and shares rows out to threads.
+        """
+        numel = math.prod(self.shape)
+        return [numel] if numel % _BLOCK else [numel // _BLOCK, _BLOCK]
 
     @property
     def _num_blocks(self) -> int:

@@ -1,6 +1,7 @@
 """Who is who among the parameters of a model: wrapped, factors, trained in full, frozen."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,9 +23,9 @@ class Group:
     num_bytes: int
 
     @classmethod
-    def of(cls, parameters: Iterable[nn.Parameter], shape: Shape) -> "Group":
-        held = [(shape(p).numel(), p.element_size()) for p in parameters]
-        return cls(len(held), sum(numel for numel, _ in held), sum(numel * size for numel, size in held))
+    def of(cls, held: list[tuple[int, int]]) -> "Group":
+        """Of parameters, each with its number of entries and the bytes that they take."""
+        return cls(len(held), sum(numel for numel, _ in held), sum(num_bytes for _, num_bytes in held))
 
 
 @dataclass(frozen=True)
@@ -70,19 +71,28 @@ def census(model: nn.Module, shape: Shape = lambda p: p.shape) -> Census:
         shape: the full shape of a parameter, where an engine leaves the model only a part of it.
     """
     layers = lora_layers(model)
-    wrapped = {id(layer.weight) for layer in layers.values()}
+    wrapped = {id(layer.weight): layer for layer in layers.values()}
     factors = {id(p) for layer in layers.values() for p in (layer.lora_A, layer.lora_B)}
     parameters = named_parameters(model)
-    rest = {name: p for name, p in parameters.items() if id(p) not in wrapped | factors}
+    rest = {name: p for name, p in parameters.items() if id(p) not in wrapped.keys() | factors}
     frozen = {name: p for name, p in rest.items() if not p.requires_grad}
+
+    def held(p: nn.Parameter) -> tuple[int, int]:
+        numel = shape(p).numel()
+        return numel, numel * p.element_size()
+
     return Census(
-        wrapped=Group.of((p for p in parameters.values() if id(p) in wrapped), shape),
-        factors=Group.of((p for p in parameters.values() if id(p) in factors), shape),
-        full=Group.of((p for p in rest.values() if p.requires_grad), shape),
-        frozen=Group.of(frozen.values(), shape),
+        wrapped=Group.of([_stored(layer) for layer in wrapped.values()]),
+        factors=Group.of([held(p) for p in parameters.values() if id(p) in factors]),
+        full=Group.of([held(p) for p in rest.values() if p.requires_grad]),
+        frozen=Group.of([held(p) for p in frozen.values()]),
         wrapped_layers={name: _shape(layer) for name, layer in layers.items()},
         frozen_names=list(frozen),
     )
+
+
+def _stored(layer: LoRALinear) -> tuple[int, int]:
+    return math.prod(layer.grid.shape), layer.grid.num_bytes(layer.weight.dtype)
 
 
 def _shape(layer: LoRALinear) -> tuple[int, int]:

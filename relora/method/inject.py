@@ -61,6 +61,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError("the model has no LoRA layers to merge")
     store = TorchStore()
+    store.adopt(layers.values())
     for parameter in model.parameters():
         store.check(parameter)
     for name, layer in layers.items():

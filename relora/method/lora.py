@@ -81,10 +81,12 @@ class LoRALinear(nn.Module):
         grid: how it is stored.
         master: the exact W in float32 in host memory, or this process's part of it, beside a stored W that is
             coarser; else None.
+        instead: W in its own shape, to compute with in place of what is stored; None but for a moment.
     """
 
     bias: nn.Parameter | None
     master: Part | None
+    instead: Tensor | None = None
 
     def __init__(self, plain: nn.Module, config: LoRAConfig) -> None:
         super().__init__()
@@ -98,7 +100,7 @@ class LoRALinear(nn.Module):
         # The same parameter where nothing is rounded: others may hold it.
         is_same = (stored.dtype, stored.shape) == (weight.dtype, weight.shape)
         self.weight = weight if is_same else nn.Parameter(stored, requires_grad=False)
-        self.master = Part(weight.detach().float().cpu(), 0) if self.grid.is_coarse else None
+        self.master = Part(_on_host(weight.detach().float()), 0) if self.grid.is_coarse else None
         self.bias = bias
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.empty(config.r, d_in, dtype=dtype, device=weight.device))
@@ -124,14 +126,14 @@ class LoRALinear(nn.Module):
         plain = cast(nn.Module, self.__dict__["_plain"])
         weight = self.weight
         if weight.dtype != self._plain_dtype or self.master is not None:
-            exact = self.weight if self.master is None else self.master.values
+            exact = self.weight if self.master is None else self.master.values.view(self.grid.shape)
             weight = nn.Parameter(exact.to(weight.device, self._plain_dtype, copy=True), requires_grad=False)
         plain.register_parameter("weight", weight)
         plain.register_parameter("bias", self.bias)
         return plain
 
     def forward(self, x: Tensor) -> Tensor:
-        W = self.grid.decode(self.weight, x.dtype)
+        W = self.grid.decode(self.weight, x.dtype) if self.instead is None else self.instead.to(x.dtype)
         W = W.T if self.transposed else W
         # Factors are fp32 beside a bf16 weight too; inside autocast the cast is autocast's.
         A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
@@ -162,6 +164,10 @@ def lora_delta(A: Tensor, B: Tensor, scale: float, *, transposed: bool, rows: sl
     with _full_precision(A.device.type):
         delta = (B.to(dtype) @ A.to(dtype)).mul_(scale)
     return delta.T if transposed else delta
+
+
+def _on_host(values: Tensor) -> Tensor:
+    return values if values.is_meta else values.cpu()
 
 
 @contextmanager

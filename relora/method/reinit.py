@@ -39,6 +39,23 @@ def draw_lora_A(r: int, d_in: int, *, reinit: Reinit, seed: int, index: int, nam
     return torch.nn.init.orthogonal_(A, gain=math.sqrt(1 / 3), generator=generator)
 
 
+def residual_factors(residual: Tensor, r: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A (r, d_in) and B (d_out, r) such that scale * B @ A is nearly the best rank-r approximation of `residual`.
+
+    The rows of A are those singular directions, orthogonal and as long as `orthogonal` draws them, so that training
+    finds the same A as after any other restart; B has the rest. By randomized subspace iteration (arXiv 0909.4061),
+    which torch.svd_lowrank is, from a generator of its own.
+
+    Args:
+        residual: (d_out, d_in).
+    """
+    with torch.random.fork_rng(devices=[residual.device] if residual.is_cuda else []):
+        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        U, S, V = torch.svd_lowrank(residual.float(), q=r, niter=2)
+    length = math.sqrt(1 / 3)
+    return V.T * length, U * (S / (scale * length))
+
+
 def require_reinit(reinit: str) -> None:
     """ValueError for a name that is none of ours; asked before a model is touched."""
     if reinit not in get_args(Reinit):

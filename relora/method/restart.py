@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora.method.lora import FACTORS, LoRALinear, lora_layers
-from relora.method.merge import merge_layer
+from relora.method.merge import Merge, carry_residual, merge_layer
 from relora.method.optimizer import OptimizerReset, prune_generator, require_state, reset_state
-from relora.method.reinit import Reinit, draw_lora_A, require_reinit
+from relora.method.reinit import Reinit, draw_lora_A, keyed_generator, require_reinit, residual_factors
 from relora.method.store import Store, TorchStore
 
 
@@ -26,13 +26,16 @@ class RestartReport:
 
     Attributes:
         merged_layers: layers whose update went into W.
-        merge_error: |(W_new - W_old) - delta|_F / |delta|_F, the largest over layers.
+        merge_error: |(W_new - W_old) - delta|_F / |delta|_F of the W that the model computes with, the largest over
+            layers.
+        master_error: the same of the exact W, which is another where W is stored on a coarser grid.
         optimizer_zeroed_fraction: share of the moments of A and B that is zero, read back.
         update_effective_rank: exp(entropy of the normalised singular values) of delta, mean over layers.
     """
 
     merged_layers: int
     merge_error: float
+    master_error: float
     optimizer_zeroed_fraction: float
     update_effective_rank: float
 
@@ -50,10 +53,11 @@ def restart(
     store: Store | None = None,
     stream: int = 0,
     outer: Callable[[str, Tensor], Tensor] | None = None,
+    carries: bool = False,
 ) -> RestartReport:
     """Merge every update into its W, draw A afresh, zero B, and reset their optimizer state.
 
-    The function of the model is the same before and after, to the rounding of W's dtype.
+    The function of the model is the same before and after, to the rounding of what W is stored in.
 
     Args:
         optimizer: any torch optimizer with Adam-like state (moments of the parameter's shape, a step count).
@@ -62,6 +66,8 @@ def restart(
         store: how to reach parameters and state; plain torch unless an engine brings its own.
         stream: which of several independent draws; processes that train apart take their rank.
         outer: called with a layer's name and delta; what it returns is merged.
+        carries: where W is stored as codes, the new factors begin as the best rank-r approximation of what
+            the codes lack of the exact W, instead of a drawn A and B = 0.
 
     Raises:
         ValueError: no LoRA layers, a bad option, a factor without optimizer state (unless `keep`), a DTensor
@@ -69,6 +75,7 @@ def restart(
         RuntimeError: something reads back otherwise than it was written.
     """
     store, layers = store or TorchStore(), lora_layers(model)
+    store.adopt(layers.values())
     factors = {f"{name}.{which}": getattr(layer, which) for name, layer in layers.items() for which in FACTORS}
     _check_options(layers, index, reinit, optimizer_reset, prune_ratio)
     for parameter in (*(layer.weight for layer in layers.values()), *factors.values()):
@@ -78,10 +85,15 @@ def restart(
 
     merged = []
     for name, layer in layers.items():
-        merged.append(merge_layer(layer, store, outer=partial(outer, name) if outer else None))
-        A = draw_lora_A(layer.r, layer.in_features, reinit=reinit, seed=seed, index=index, name=name, stream=stream)
+        carry = partial(carried_factors, layer, seed, index, name) if carries and layer.grid.is_coded else None
+        merge = merge_layer(layer, store, outer=partial(outer, name) if outer else None, carry=carry)
+        merged.append(merge)
+        A, B = merge.carried or (
+            draw_lora_A(layer.r, layer.in_features, reinit=reinit, seed=seed, index=index, name=name, stream=stream),
+            torch.zeros(layer.out_features, layer.r),
+        )
         _write(store, f"{name}.lora_A", layer.lora_A, A)
-        _write(store, f"{name}.lora_B", layer.lora_B, torch.zeros(layer.out_features, layer.r))
+        _write(store, f"{name}.lora_B", layer.lora_B, B)
     zeroed = [
         reset_state(
             optimizer,
@@ -104,13 +116,29 @@ def _write(store: Store, name: str, factor: nn.Parameter, values: Tensor) -> Non
             raise RuntimeError(f"{name}: the {copy} does not hold what the restart has written")
 
 
-def _report(merged: list[tuple[float, float]], zeroed: list[tuple[int, int]]) -> RestartReport:
+def begin_carried(model: nn.Module, *, seed: int, store: Store) -> None:
+    """Let the factors of a stage that begins carry what the codes lack, as `restart` does (index 0)."""
+    for name, layer in lora_layers(model).items():
+        A, B = carry_residual(layer, store, partial(carried_factors, layer, seed, 0, name))
+        _write(store, f"{name}.lora_A", layer.lora_A, A)
+        _write(store, f"{name}.lora_B", layer.lora_B, B)
+
+
+def carried_factors(layer: LoRALinear, seed: int, index: int, name: str, residual: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors (A, B) of `residual`, in the layout of the layer's weight, drawn from the key of this restart."""
+    generator = keyed_generator(seed, index, "residual", name)
+    residual = residual.T if layer.transposed else residual
+    return residual_factors(residual, layer.r, layer.scale, generator)
+
+
+def _report(merged: list[Merge], zeroed: list[tuple[int, int]]) -> RestartReport:
     num_zero, num_entries = (sum(counts) for counts in zip(*zeroed, strict=True))
     return RestartReport(
         merged_layers=len(merged),
-        merge_error=max(error for error, _ in merged),
+        merge_error=max(merge.merge_error for merge in merged),
+        master_error=max(merge.master_error for merge in merged),
         optimizer_zeroed_fraction=num_zero / num_entries if num_entries else 0.0,
-        update_effective_rank=sum(rank for _, rank in merged) / len(merged),
+        update_effective_rank=sum(merge.effective_rank for merge in merged) / len(merged),
     )
 
 

@@ -1,12 +1,15 @@
 """How parameters and optimizer state are reached. Each engine has a store; this is plain torch's."""
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from relora.method.base_weights import Grid
 
 
 @dataclass(frozen=True)
@@ -16,36 +19,70 @@ class Part:
     Attributes:
         values: of any shape; writing into it changes what the engine holds.
         start: place of the first of them in the flattened full tensor.
+        is_shared: whether other processes hold the rest; else this is the whole.
     """
 
     values: Tensor
     start: int
+    is_shared: bool = False
 
     def of(self, full: Tensor) -> Tensor:
         """The same entries of another full tensor, in the shape of `values`."""
         return full.flatten()[self.start : self.start + self.values.numel()].view(self.values.shape)
 
 
+class FrozenLayer(Protocol):
+    """A wrapped layer, as a store sees it: W as it is stored, how, and the exact W where what is stored is coarser."""
+
+    weight: nn.Parameter
+    grid: Grid
+    master: Part | None
+
+
 class Store(Protocol):
     """Full tensors in, full tensors out, whatever the engine has made of them. Collective where it is sharded."""
+
+    def adopt(self, layers: Iterable[FrozenLayer]) -> None:
+        """Learn how the frozen weights are stored, and where their masters are. Forgets what was adopted before."""
 
     def check(self, parameter: nn.Parameter) -> None:
         """ValueError if this store cannot reach the parameter. Costs nothing: asked before anything is changed."""
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """Shape of the full parameter."""
+        """Shape of the full values."""
+
+    def dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        """Of the full values: float32 where there is a master."""
 
     def read(self, parameter: nn.Parameter) -> Tensor:
-        """The full values as the model computes with them. May alias the parameter: copy before a write."""
+        """The full values, of the master where there is one. May alias what is kept: copy before a write."""
 
     def write(self, parameter: nn.Parameter, values: Tensor) -> None:
-        """Set the full values, in every copy that the engine keeps, in place. Rounds to the parameter's dtype."""
+        """Set the full values, in every copy that the engine keeps, in place. Rounds to the grid of each."""
+
+    def decoded(self, parameter: nn.Parameter) -> Tensor:
+        """The full values as the model computes with them. May alias what is kept."""
+
+    def stored_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """Shape of `stored`: another than `shape` where these are codes."""
+
+    def stored(self, parameter: nn.Parameter) -> Tensor:
+        """The full tensor that the model computes with, as it is stored. May alias what is kept."""
+
+    def exact(self, parameter: nn.Parameter) -> Part:
+        """This process's part of the most exact copy: of the master, or of what the model computes with."""
 
     def copies(self, parameter: nn.Parameter) -> Mapping[str, Part]:
-        """This process's part of every copy that the engine keeps, by name; what the model computes with first."""
+        """This process's part of every copy as it is stored, by name, masters of frozen weights left out.
 
-    def total(self, parameter: nn.Parameter, values: Tensor) -> Tensor:
-        """Sums over the parts of the parameter of what each process measured on its own part."""
+        What the model computes with comes first.
+        """
+
+    def whole(self, shape: torch.Size, part: Part) -> Tensor:
+        """The full tensor of which this process holds `part`, and others the rest."""
+
+    def total(self, part: Part, values: Tensor) -> Tensor:
+        """Sums over the parts of a tensor of what each process measured on its own part."""
 
     def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
         """Whether the optimizer holds moments and a step count of the parameter. Costs nothing."""
@@ -69,26 +106,88 @@ class Store(Protocol):
         """Give the parameter moments of these names and a step count, all zero, before its first update."""
 
 
-class TorchStore:
-    """Whole parameters in one process, or replicated over processes that all do the same (DDP)."""
+class PartStore(ABC):
+    """What all stores have in common: full tensors out of parts, and frozen weights on their grids."""
+
+    def __init__(self) -> None:
+        self._frozen: dict[int, FrozenLayer] = {}
+
+    @abstractmethod
+    def stored_shape(self, parameter: nn.Parameter) -> torch.Size:
+        """As in Store."""
+
+    @abstractmethod
+    def copies(self, parameter: nn.Parameter) -> Mapping[str, Part]:
+        """As in Store."""
+
+    @abstractmethod
+    def whole(self, shape: torch.Size, part: Part) -> Tensor:
+        """As in Store."""
+
+    @abstractmethod
+    def total(self, part: Part, values: Tensor) -> Tensor:
+        """As in Store."""
+
+    def adopt(self, layers: Iterable[FrozenLayer]) -> None:
+        self._frozen = {id(layer.weight): layer for layer in layers}
+
+    def shape(self, parameter: nn.Parameter) -> torch.Size:
+        layer = self._frozen.get(id(parameter))
+        return self.stored_shape(parameter) if layer is None else torch.Size(layer.grid.shape)
+
+    def dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        return self.exact(parameter).values.dtype
+
+    def read(self, parameter: nn.Parameter) -> Tensor:
+        part = self.exact(parameter)
+        shape = self.shape(parameter)
+        return self.whole(shape, part) if part.is_shared else part.values.view(shape)
+
+    @torch.no_grad()
+    def write(self, parameter: nn.Parameter, values: Tensor) -> None:
+        layer = self._frozen.get(id(parameter))
+        if layer is not None:
+            if layer.master is not None:
+                layer.master.values.copy_(layer.master.of(values))
+            values = layer.grid.encode(values.to(self.in_use(parameter).values.device))
+        for part in self.copies(parameter).values():
+            part.values.copy_(part.of(values))
+
+    def decoded(self, parameter: nn.Parameter) -> Tensor:
+        stored, layer = self.stored(parameter), self._frozen.get(id(parameter))
+        return stored if layer is None else layer.grid.decode(stored, self.dtype(parameter))
+
+    def stored(self, parameter: nn.Parameter) -> Tensor:
+        part, shape = self.in_use(parameter), self.stored_shape(parameter)
+        return self.whole(shape, part) if part.is_shared else part.values.view(shape)
+
+    def exact(self, parameter: nn.Parameter) -> Part:
+        layer = self._frozen.get(id(parameter))
+        if layer is not None and layer.master is not None:
+            return layer.master
+        return self.in_use(parameter)
+
+    def in_use(self, parameter: nn.Parameter) -> Part:
+        """This process's part of what the model computes with, as it is stored."""
+        return next(iter(self.copies(parameter).values()))
+
+
+class TorchStore(PartStore):
+    """Whole parameters in one process."""
 
     def check(self, parameter: nn.Parameter) -> None:
         refuse_sharded(parameter)
 
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
+    def stored_shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.shape
-
-    def read(self, parameter: nn.Parameter) -> Tensor:
-        return parameter.detach()
-
-    @torch.no_grad()
-    def write(self, parameter: nn.Parameter, values: Tensor) -> None:
-        parameter.copy_(values)
 
     def copies(self, parameter: nn.Parameter) -> Mapping[str, Part]:
         return {"parameter": Part(parameter.detach(), 0)}
 
-    def total(self, parameter: nn.Parameter, values: Tensor) -> Tensor:  # noqa: ARG002 (the one part is the whole)
+    def whole(self, shape: torch.Size, part: Part) -> Tensor:  # noqa: ARG002
+        raise AssertionError(f"a tensor of shape {tuple(shape)} is spread over processes that this store does not know")
+
+    def total(self, part: Part, values: Tensor) -> Tensor:  # noqa: ARG002 (the one part is the whole)
         return values
 
     def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:

@@ -21,7 +21,7 @@ from relora.method.names import named_parameters
 from relora.runtime.engines import Engine, Live
 from relora.runtime.engines.processes import Processes
 from relora.runtime.rebuild import persistent_buffers
-from relora.runtime.restore import FORMAT, MANIFEST, FileFacts, complete_checkpoints, read_manifest, share_prefix
+from relora.runtime.restore import CODES, FORMAT, MANIFEST, FileFacts, complete_checkpoints, read_manifest, share_prefix
 from relora.runtime.state import Clock
 from relora.runtime.tensor_file import Entry, entry_of, write_tensors
 
@@ -56,8 +56,10 @@ class Checkpoints:
         [num_sharing] = engine.processes.sum([float(shared is not None)])
         if shared is not None:
             writer.link(shared, f"base-{cycle:05d}")
+            writer.link(shared, f"codes-{cycle:05d}")
         elif not num_sharing:
             writer.write(f"base-{cycle:05d}", _weights(engine, base))
+            writer.write(f"codes-{cycle:05d}", _codes(engine, live.model))
         writer.write("buffers", [entry_of(*item) for item in persistent_buffers(live.model).items()])
         for owned in _shares(engine):
             writer.write("trained", owned.of(_weights(engine, trained)))
@@ -190,7 +192,14 @@ def _has_state(engine: Engine, live: Live, parameter: nn.Parameter) -> bool:
 
 def _weights(engine: Engine, parameters: Mapping[str, nn.Parameter]) -> list[Entry]:
     store = engine.store
-    return [Entry(name, store.shape(p), p.dtype, partial(store.read, p)) for name, p in parameters.items()]
+    return [Entry(name, store.shape(p), store.dtype(p), partial(store.read, p)) for name, p in parameters.items()]
+
+
+def _codes(engine: Engine, model: nn.Module) -> list[Entry]:
+    """Frozen weights as they are stored, those whose master does not say it all: codes."""
+    coded = {f"{name}.weight{CODES}": layer.weight for name, layer in lora_layers(model).items() if layer.grid.is_coded}
+    store = engine.store
+    return [Entry(name, store.stored_shape(p), p.dtype, partial(store.stored, p)) for name, p in coded.items()]
 
 
 def _moments(engine: Engine, live: Live, trained: Mapping[str, nn.Parameter]) -> list[Entry]:

@@ -1,6 +1,7 @@
 """A model out of a state: the one way from canonical tensors to modules, for training and for export."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def merged_model(
 def _merged(state: State, section: ModelSection, hf_config: PretrainedConfig, lora: LoRAConfig) -> PreTrainedModel:
     model = empty_model(section, hf_config)
     if state.stage == "relora":
-        inject_lora(model, lora)
+        inject_lora(model, replace(lora, base_dtype=None))  # a checkpoint holds the exact weights
     load_weights(model, state.weights, TorchStore())
     if state.stage == "relora":
         merge_lora(model)

@@ -19,6 +19,8 @@ MANIFEST = "MANIFEST.json"
 # Groups of files whose tensors differ from process to process where these train apart, and what the names of
 # all but the first one's begin with.
 OWN, OTHERS = ("trained", "moments"), "rank-"
+# Other groups than these are weights. Frozen weights stand beside their codes: a name and a suffix.
+GROUPS, CODES = ("weights", "codes", "moments", "outer"), ":codes"
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -26,12 +28,12 @@ class Tensors(Mapping[str, Tensor]):
 
     Args:
         files: the file of each tensor, by the name that it has there.
-        prefix: what those names begin with and these do not, where they do.
+        prefix, suffix: what those names begin and end with and these do not, where they do.
     """
 
-    def __init__(self, folder: Path, files: Mapping[str, str], *, prefix: str = "") -> None:
+    def __init__(self, folder: Path, files: Mapping[str, str], *, prefix: str = "", suffix: str = "") -> None:
         self.folder = folder
-        self.places = {name.removeprefix(prefix): (file, name) for name, file in files.items()}
+        self.places = {name.removeprefix(prefix).removesuffix(suffix): (file, name) for name, file in files.items()}
 
     def __getitem__(self, name: str) -> Tensor:
         path, key = self.places[name]
@@ -149,7 +151,7 @@ def open_checkpoint(folder: Path, *, share: int = 0) -> State:
         share: whose parameters, of several processes that trained apart.
     """
     manifest = read_manifest(folder)
-    prefix, groups = share_prefix(share), dict[str, dict[str, str]](weights={}, moments={}, outer={})
+    prefix, groups = share_prefix(share), {group: dict[str, str]() for group in GROUPS}
     for name, file in manifest.tensors.items():
         kind = file.partition("-")[0]
         if kind not in OWN or name.startswith(prefix or OTHERS) == bool(prefix):
@@ -161,6 +163,7 @@ def open_checkpoint(folder: Path, *, share: int = 0) -> State:
         evaluated=manifest.evaluated,
         share=share,
         weights=Tensors(folder, groups["weights"], prefix=prefix),
+        codes=Tensors(folder, groups["codes"], suffix=CODES),
         moments=Moments(Tensors(folder, groups["moments"], prefix=prefix)),
         outer=Tensors(folder, groups["outer"]),
         steps=manifest.steps,

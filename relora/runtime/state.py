@@ -60,6 +60,7 @@ class State:
         stage: the stage that makes the next update; None before anything was built.
         cycle: restarts that the weights have behind them.
         weights: parameters and buffers by canonical name, full shapes.
+        codes: for the name of a frozen weight that is stored as codes, these codes as they are stored.
         moments: for a parameter's name its optimizer moments by slot, full shapes; empty after a switch.
         steps: for a parameter's name Adam's step count.
         evaluated: whether the evaluation that was due at this step, if any, has been made.
@@ -71,6 +72,7 @@ class State:
     stage: StageName | None = None
     cycle: int = 0
     weights: Weights = field(default_factory=lambda: Held({}))
+    codes: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     steps: Mapping[str, float] = field(default_factory=dict)
     evaluated: bool = True

@@ -62,6 +62,7 @@ class MeetingStore(TorchStore):
     """
 
     def __init__(self, processes: Processes, first_factors: set[int]) -> None:
+        super().__init__()
         self._processes, self._first_factors = processes, first_factors
 
     def read(self, parameter: nn.Parameter) -> Tensor:

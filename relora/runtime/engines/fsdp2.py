@@ -102,11 +102,8 @@ class FSDP2Store(ShardedStore):
         if not isinstance(parameter, DTensor):
             raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not sharded by fully_shard")
 
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
+    def stored_shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.shape
-
-    def is_sharded(self, parameter: nn.Parameter) -> bool:  # noqa: ARG002
-        return True
 
     def copies(self, parameter: nn.Parameter) -> Mapping[str, Part]:
         return {"shard": _part(parameter.detach())}
@@ -134,4 +131,4 @@ def _part(tensor: Tensor) -> Part:
     num_rows, mesh = sharded.shape[0], sharded.device_mesh
     first = min(mesh.get_local_rank() * -(-num_rows // mesh.size()), num_rows)
     local = sharded.to_local()
-    return Part(local, first * (sharded.numel() // max(num_rows, 1)))
+    return Part(local, first * (sharded.numel() // max(num_rows, 1)), is_shared=True)

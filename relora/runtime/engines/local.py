@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from relora.method.store import TorchStore
 from relora.runtime.engines.base import Live
 from relora.runtime.engines.processes import Processes
+from relora.runtime.engines.sharded import ReplicatedStore
 from relora.runtime.engines.torch_engine import TorchEngine
 
 
@@ -20,7 +20,7 @@ class LocalEngine(TorchEngine):
     def __init__(self, processes: Processes, *, mixed_precision: str, max_grad_norm: float | None) -> None:
         super().__init__(processes, mixed_precision=mixed_precision, max_grad_norm=max_grad_norm)
         self.name = "one process" if processes.world_size == 1 else f"DDP ({processes.backend})"
-        self.store = TorchStore()
+        self.store = ReplicatedStore(processes.device)
 
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> Live:
         model.to(self.processes.device)

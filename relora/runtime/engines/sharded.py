@@ -1,66 +1,53 @@
 """What the stores of sharded parameters have in common: full tensors put together from the parts of the ranks."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from relora.method.store import Part
+from relora.method.store import Part, PartStore, TorchStore
 
 
-class ShardedStore(ABC):
-    """Each rank holds its own part of a tensor. Reading is collective, writing is not."""
+class SpreadStore(PartStore):
+    """Some tensors are spread over the processes: what a process reads of them is put together from all."""
 
     def __init__(self, device: torch.device) -> None:
+        super().__init__()
         self._device = device
 
-    @abstractmethod
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
-        """As in Store."""
+    def whole(self, shape: torch.Size, part: Part) -> Tensor:
+        full = torch.zeros(shape, dtype=part.values.dtype, device=self._device)
+        full.view(-1)[part.start : part.start + part.values.numel()] = part.values.flatten().to(self._device)
+        distributed.all_reduce(full)
+        return full
 
-    @abstractmethod
-    def copies(self, parameter: nn.Parameter) -> Mapping[str, Part]:
-        """As in Store."""
-
-    @abstractmethod
-    def slot_parts(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Part]:
-        """This rank's part of each moment; empty without state."""
-
-    @abstractmethod
-    def is_sharded(self, parameter: nn.Parameter) -> bool:
-        """Whether what the model computes with is spread over the ranks."""
-
-    def read(self, parameter: nn.Parameter) -> Tensor:
-        part = next(iter(self.copies(parameter).values()))
-        return self._whole(self.shape(parameter), part) if self.is_sharded(parameter) else part.values
-
-    @torch.no_grad()
-    def write(self, parameter: nn.Parameter, values: Tensor) -> None:
-        for part in self.copies(parameter).values():
-            part.values.copy_(part.of(values))
-
-    def total(self, parameter: nn.Parameter, values: Tensor) -> Tensor:
-        if not self.is_sharded(parameter):
+    def total(self, part: Part, values: Tensor) -> Tensor:
+        if not part.is_shared:
             return values
         values = values.to(self._device)
         distributed.all_reduce(values)
         return values
 
+
+class ReplicatedStore(SpreadStore, TorchStore):
+    """Whole parameters on every process, which all do the same (DDP). Masters may be spread."""
+
+
+class ShardedStore(SpreadStore):
+    """Each rank holds its own part of a moment, and maybe of a parameter. Reading is collective, writing is not."""
+
+    @abstractmethod
+    def slot_parts(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Part]:
+        """This rank's part of each moment; empty without state."""
+
     def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, torch.dtype]:
         return {slot: part.values.dtype for slot, part in self.slot_parts(optimizer, parameter).items()}
 
     def read_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str) -> Tensor:
-        return self._whole(self.shape(parameter), self.slot_parts(optimizer, parameter)[slot])
+        return self.whole(self.shape(parameter), self.slot_parts(optimizer, parameter)[slot])
 
     def write_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str, values: Tensor) -> None:
         part = self.slot_parts(optimizer, parameter)[slot]
         part.values.copy_(part.of(values))
-
-    def _whole(self, shape: torch.Size, part: Part) -> Tensor:
-        """The full tensor, on the device of the process group, of which this rank holds `part`."""
-        whole = torch.zeros(shape, dtype=part.values.dtype, device=self._device)
-        whole.view(-1)[part.start : part.start + part.values.numel()] = part.values.flatten().to(self._device)
-        distributed.all_reduce(whole)
-        return whole

@@ -31,7 +31,7 @@ class Fragment:
     start: int
 
     def part_of(self, flat: Tensor) -> Part:
-        return Part(flat.detach()[self.offset : self.offset + self.length], self.start)
+        return Part(flat.detach()[self.offset : self.offset + self.length], self.start, is_shared=True)
 
 
 class ZeroStore(ShardedStore):
@@ -47,16 +47,12 @@ class ZeroStore(ShardedStore):
         if not (_is_partitioned(parameter) or not parameter.requires_grad or hasattr(parameter, "_hp_mapping")):
             raise ValueError(f"a trained parameter of shape {tuple(parameter.shape)} is not in DeepSpeed's hands")
 
-    def shape(self, parameter: nn.Parameter) -> torch.Size:
+    def stored_shape(self, parameter: nn.Parameter) -> torch.Size:
         shape: torch.Size = parameter.ds_shape if _is_partitioned(parameter) else parameter.shape  # type: ignore[attr-defined]
         return shape
 
-    def is_sharded(self, parameter: nn.Parameter) -> bool:
-        return _is_partitioned(parameter)
-
-    def read(self, parameter: nn.Parameter) -> Tensor:
-        part = _of_model(parameter)
-        return self._whole(self.shape(parameter), part) if _is_partitioned(parameter) else part.values
+    def in_use(self, parameter: nn.Parameter) -> Part:
+        return _of_model(parameter)  # also of a stage that has ended, when there are no masters any more
 
     def copies(self, parameter: nn.Parameter) -> Mapping[str, Part]:
         copies = {"parameter": _of_model(parameter)}
@@ -112,7 +108,7 @@ def _of_model(parameter: Any) -> Part:
         parameter.partition()
     partition = parameter.ds_tensor.detach()
     start = min(partition.numel() * _rank(parameter), parameter.ds_numel)
-    return Part(partition[: parameter.ds_numel - start], start)
+    return Part(partition[: parameter.ds_numel - start], start, is_shared=True)
 
 
 def _fragment(zero: Any, parameter: Any) -> Fragment:
