@@ -21,6 +21,7 @@ ORDER = (
     "stages",
     "runtime",
     "model",
+    "loss",
     "data",
     "config",
     "files",
