@@ -21,6 +21,7 @@ ORDER = (
     "stages",
     "runtime",
     "model",
+    "liger",
     "loss",
     "data",
     "config",
