@@ -5,7 +5,6 @@ from importlib import import_module
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.integrations.liger import apply_liger_kernel
 
 from relora.config import ModelSection
 
@@ -32,4 +31,6 @@ def use_liger_kernels(model: PreTrainedModel) -> None:
 
     liger-kernel changes the classes of the architecture too, for the rest of the process. The loss stays ours.
     """
-    apply_liger_kernel(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})
+    # Imported when it is used: it brings the whole Trainer with it.
+    apply = import_module("transformers.integrations.liger").apply_liger_kernel
+    apply(model, {"cross_entropy": False, "fused_linear_cross_entropy": False})

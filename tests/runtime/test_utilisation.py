@@ -1,5 +1,6 @@
 """What an update's FLOPs are taken to be, against torch's own count, and the peak that they are held against."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from relora import LoRAConfig, inject_lora
+from relora.config import check
 from relora.runtime.utilisation import PEAKS, flops_per_token, peak_flops
-from tests.tiny import MODEL
+from relora.train import train
+from tests.tiny import MODEL, all_metrics
 
 ROWS, LENGTH, R = 3, 16, 4
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -62,3 +65,15 @@ def test_the_peak_is_the_stated_one_or_that_of_a_known_gpu(monkeypatch: pytest.M
         assert peak_flops(GPU, mixed_precision="no", stated_tflops=3) == 3e12
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "another")
     assert peak_flops(GPU, mixed_precision="bf16", stated_tflops=None) is None
+
+
+def test_metrics_hold_a_run_against_its_peak(tiny_run: Callable[..., dict[str, Any]]) -> None:
+    tree = tiny_run(relora={"restart_every": None}, training__max_steps=3, training__peak_tflops=0.01)
+    train(check(tree))
+    model = llama()
+    inject_lora(model, LoRAConfig(r=4, modules_to_save="rest"))
+    flops = flops_per_token(model, sequence_length=32)
+    updates = [line for line in all_metrics(tree["output_dir"]) if "loss" in line]
+    assert len(updates) == 3
+    for line in updates:
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / 1e10)
