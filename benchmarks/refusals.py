@@ -1,4 +1,4 @@
-"""Why two launches are refused, in a few lines each: `python benchmarks/refusals.py fsdp1 | zero_bf16`."""
+"""Why launches are refused, in a few lines each: `python benchmarks/refusals.py fsdp1 | zero_bf16 | adamw_8bit`."""
 
 import os
 import sys
@@ -42,8 +42,23 @@ def zero_bf16() -> None:
     print(f"{NUM_MERGES} merges of {RELATIVE_SIZE:.1%} of |W|: {lost:.0%} of what was merged is lost")
 
 
+def adamw_8bit() -> None:
+    """An update by bitsandbytes' 8-bit AdamW of a weight that FSDP2 has sharded."""
+    from bitsandbytes.optim import AdamW8bit
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    layer = nn.Linear(128, 128, bias=False)
+    fully_shard(layer, mesh=init_device_mesh("cpu", (1,)))
+    layer(torch.randn(4, 128)).sum().backward()
+    try:
+        AdamW8bit(layer.parameters()).step()
+    except RuntimeError as error:
+        print(f"RuntimeError: {error}")
+
+
 if __name__ == "__main__":
     os.environ |= {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    {"fsdp1": fsdp1, "zero_bf16": zero_bf16}[sys.argv[1]]()
+    {"fsdp1": fsdp1, "zero_bf16": zero_bf16, "adamw_8bit": adamw_8bit}[sys.argv[1]]()
     distributed.destroy_process_group()

@@ -16,6 +16,7 @@ from relora.config.derived import Plan, accumulation_steps, fingerprint, identit
 from relora.config.messages import shown
 from relora.config.problems import folder_problems
 from relora.data import PreparedData, check_amount, check_files, prepare
+from relora.liger import liger_problems
 from relora.method.base_weights import quantization_problem
 from relora.method.census import census
 from relora.method.inject import inject_lora
@@ -122,7 +123,7 @@ def check_model(config: Config, hf_config: PretrainedConfig) -> list[str]:
         model = skeleton(config.model, hf_config)
     except Exception as error:  # each architecture raises as it pleases
         return [building_problem(config.model, hf_config, error)]
-    problems = model_problems(model, config.data)
+    problems = [*model_problems(model, config.data), *liger_problems(config.model, hf_config)]
     untrained = trainable_problems(config, model) if config.training.method == "full" else lora_problems(config, model)
     return [*problems, *untrained]
 

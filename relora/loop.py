@@ -53,7 +53,8 @@ class Loop:
         Raises:
             NotFiniteError: 10 updates in a row had to be skipped.
         """
-        samples, skipped, meter = self.plan.config.training.global_batch_size, 0, Meter(self.engine, self.live)
+        samples, skipped = self.plan.config.training.global_batch_size, 0
+        meter = Meter(self.engine, self.live, self.plan.config)
         while clock.step < until:
             batches = next(self.batches)
             with meter.measured(len(batches)):
@@ -81,11 +82,9 @@ class Loop:
 
     def _log(self, clock: Clock, update: Update, meter: Meter) -> None:
         config = self.plan.config
-        tokens_per_update = config.training.global_batch_size * config.data.sequence_length
         due = clock.step % config.training.logging_steps == 0 or clock.step == self.plan.max_steps
         if not due:
             return
-        step_seconds = meter.seconds_per_update()
         line = {
             "step": clock.step,
             "samples_seen": clock.samples_seen,
@@ -93,8 +92,7 @@ class Loop:
             "loss": update.loss,
             "learning_rate": self.plan.learning_rate(clock.step - 1),
             "grad_norm": update.grad_norm,
-            "tokens_per_second": tokens_per_update / step_seconds,
-            "step_seconds": step_seconds,
+            **meter.speed(),
             "peak_memory_bytes": peak_memory_bytes(self.engine.processes.device),
             **meter.bytes_sent(),
         }

@@ -16,8 +16,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from transformers.initialization import no_init_weights
 
 from relora.config import DataSection, ModelSection, UserError, raise_if_any
-
-IGNORED_LABEL = -100
+from relora.loss import IGNORED_LABEL, summed_cross_entropy
 
 
 def load_hf_config(section: ModelSection) -> PretrainedConfig:
@@ -121,8 +120,9 @@ def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """
     inputs = {key: batch[key] for key in ("input_ids", "position_ids") if key in batch}
     logits = model(**inputs).logits
+    # The labels are shifted, not the logits, which would be copied.
     targets = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
-    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    return summed_cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def recompute_activations(model: nn.Module) -> None:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from relora.config import Config
 from relora.config.derived import Plan, lora_config
+from relora.liger import use_liger_kernels
 from relora.method.inject import inject_lora
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
@@ -19,7 +20,7 @@ from relora.method.optimizer import build_optimizer
 from relora.method.reinit import draw_lora_A
 from relora.method.restart import begin_carried
 from relora.method.schedule import StageName
-from relora.method.store import Store
+from relora.method.store import Slot, Store
 from relora.model import empty_model, recompute_activations
 from relora.runtime.engines import Engine, Live
 from relora.runtime.masters import place_masters
@@ -53,6 +54,8 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
     stage gives everything.
     """
     model = empty_model(config.model, hf_config)
+    if config.model.liger_kernel:
+        use_liger_kernels(model)
     if stage.is_low_rank:
         inject_lora(model, lora_config(config), seed=config.seed, reinit=config.relora.reinit, stream=engine.stream)
     else:
@@ -138,7 +141,7 @@ def _load_optimizer(live: Live, state: State, store: Store) -> None:
     parameters: Mapping[str, nn.Parameter] = named_parameters(live.model)
     for name, moments in state.moments.items():
         parameter = parameters[name]
-        store.make_state(live.optimizer, parameter, {slot: values.dtype for slot, values in moments.items()})
+        store.make_state(live.optimizer, parameter, {slot: Slot.of(values) for slot, values in moments.items()})
         for slot, values in moments.items():
             store.write_slot(live.optimizer, parameter, slot, values)
         store.write_step(live.optimizer, parameter, state.steps[name])

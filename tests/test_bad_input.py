@@ -257,6 +257,8 @@ CONFIG = {
     "learning rate that is not finite": Case(
         ["optim.learning_rate=.inf"], ["optim.learning_rate = .inf: must be a number >= 0, and finite"]
     ),
+    "unknown optimizer": Case(["optim.name=adam"], ["optim.name = adam: must be adamw, adamw_fused or adamw_8bit"]),
+    "peak of nothing": Case(["training.peak_tflops=0"], ["training.peak_tflops = 0: must be a number > 0 or null"]),
     "unknown reinit": Case(["relora.reinit=kaimin"], ["relora.reinit = kaimin: must be kaiming or orthogonal"]),
     "misspelt key": Case(["lora.lora_alhpa=8"], ["lora.lora_alhpa = 8: unknown key; the nearest is lora.lora_alpha"]),
     "key of another section": Case(
@@ -326,6 +328,11 @@ SURROUNDINGS = {
         [],
         [FSDP_1],
         {"ACCELERATE_USE_FSDP": "true"},
+    ),
+    "8-bit AdamW of sharded parameters": Case(
+        ["optim.name=adamw_8bit"],
+        ["optim.name = adamw_8bit: needs one process or DDP, in which every parameter is whole"],
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
     ),
     "launch for DeepSpeed": Case(
         [],

@@ -21,6 +21,8 @@ ORDER = (
     "stages",
     "runtime",
     "model",
+    "liger",
+    "loss",
     "data",
     "config",
     "files",

@@ -10,7 +10,7 @@ import yaml
 
 from relora.config import Config, check
 
-TIMINGS = {"tokens_per_second", "step_seconds", "peak_memory_bytes", "restart_seconds"}
+TIMINGS = {"tokens_per_second", "step_seconds", "mfu", "peak_memory_bytes", "restart_seconds"}
 TRAFFIC = {"bytes_sent", "bytes_sent_full_rank"}
 
 MODEL = {
@@ -88,8 +88,13 @@ def settings_of(run: Path) -> dict[str, Any]:
 
 def metrics(run: Path | str) -> list[dict[str, Any]]:
     """The lines of a run, without timings, memory and traffic."""
-    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMINGS | TRAFFIC} for line in lines]
+    left_out = TIMINGS | TRAFFIC
+    return [{key: value for key, value in line.items() if key not in left_out} for line in all_metrics(run)]
+
+
+def all_metrics(run: Path | str) -> list[dict[str, Any]]:
+    """The lines of a run."""
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
 
 
 def only(lines: Iterable[dict[str, Any]], key: str) -> dict[int, Any]:

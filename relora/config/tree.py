@@ -36,6 +36,11 @@ class ModelSection(Section):
         False, description="recompute activations in the backward pass", json_schema_extra=HOW
     )
     torch_compile: bool = Field(False, description="compile the model with torch.compile", json_schema_extra=HOW)
+    liger_kernel: bool = Field(
+        False,
+        description="fused norms, rotary embeddings and gated units of liger-kernel (a GPU; `relora[liger]`)",
+        json_schema_extra=HOW,
+    )
 
 
 class SourceSection(Section):
@@ -137,7 +142,11 @@ class ReloraSection(Section):
 
 
 class OptimSection(Section):
-    name: Literal["adamw"] = Field("adamw", description="the optimizer")
+    name: Literal["adamw", "adamw_fused", "adamw_8bit"] = Field(
+        "adamw",
+        description="torch's AdamW; adamw_fused: its fused kernel; adamw_8bit: bitsandbytes', moments in 8 bits "
+        "(one process or DDP)",
+    )
     learning_rate: NotNegative = Field(1e-3, description="peak learning rate")
     warm_start_learning_rate: NotNegative | None = Field(
         None, description="peak learning rate of the warm start; null: learning_rate"
@@ -185,6 +194,11 @@ class TrainingSection(Section):
     save_steps: Count = Field(1000, description="updates between checkpoints", json_schema_extra=HOW)
     save_total_limit: Count | None = Field(3, description="checkpoints to keep; null: all", json_schema_extra=HOW)
     logging_steps: Count = Field(10, description="updates between lines of metrics", json_schema_extra=HOW)
+    peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="peak of one device in TFLOP/s, for `mfu` in the metrics; null: by the name of the GPU, if known",
+        json_schema_extra=HOW,
+    )
     probe_steps: CountFromZero = Field(
         0,
         description="updates after a restart that are each followed by the loss on one fixed held-out batch",

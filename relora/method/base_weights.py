@@ -104,8 +104,8 @@ class Grid:
 
 
 def quantization_problem(name: str) -> str | None:
-    """Why weights cannot be stored so here: the library of int8 and nf4 is an extra."""
-    if name not in _CODES_PER_BYTE or importlib.util.find_spec("bitsandbytes") is not None:
+    """Why weights cannot be stored so here, or an optimizer not be used: the library of their codes is an extra."""
+    if name not in (*_CODES_PER_BYTE, "adamw_8bit") or importlib.util.find_spec("bitsandbytes") is not None:
         return None
     return f"{name} needs bitsandbytes: {INSTALL}"
 

@@ -1,18 +1,22 @@
 """Parameter groups, the optimizer, and the reset of its state at a restart."""
 
+import importlib
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
+from relora.method.base_weights import quantization_problem
+from relora.method.codes import BESIDE, OF_CODES, cleared, decoded
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.method.reinit import keyed_generator
 from relora.method.store import Store
 
+OptimizerName = Literal["adamw", "adamw_fused", "adamw_8bit"]
 OptimizerReset = Literal["zero", "magnitude", "random", "keep"]
 
 
@@ -48,15 +52,26 @@ def build_optimizer(
 ) -> Optimizer:
     """AdamW over the trainable parameters of `model`, the LoRA factors in a group of their own.
 
+    Args:
+        name: adamw is torch's, by its own choice of implementation; adamw_fused torch's with one kernel for many
+            tensors; adamw_8bit bitsandbytes', with moments in 8-bit codes.
+
     Raises:
-        ValueError: unknown name, or nothing to train.
+        ValueError: unknown name, bitsandbytes is missing, or nothing to train.
     """
-    if name != "adamw":
-        raise ValueError(f"optimizer must be adamw, not {name!r}")
+    if name not in get_args(OptimizerName):
+        raise ValueError(f"optimizer must be one of {get_args(OptimizerName)}, not {name!r}")
+    problem = quantization_problem(name)
+    if problem is not None:
+        raise ValueError(problem)
     groups = parameter_groups(model, weight_decay=weight_decay)
     if not groups:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
-    return AdamW(groups, lr=learning_rate, betas=(adam_beta1, adam_beta2), eps=adam_epsilon)
+    settings: dict[str, Any] = {"lr": learning_rate, "betas": (adam_beta1, adam_beta2), "eps": adam_epsilon}
+    if name == "adamw_8bit":
+        made: Optimizer = importlib.import_module("bitsandbytes.optim").AdamW8bit(groups, **settings)
+        return made
+    return AdamW(groups, **settings, fused=True if name == "adamw_fused" else None)
 
 
 def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
@@ -102,20 +117,38 @@ def reset_state(
         "magnitude": lambda values: smallest(values, prune_ratio),
         "random": lambda values: drawn(values, prune_ratio, generator()),
     }
-    slots = store.slots(optimizer, parameter)
+    slots = [slot for slot in store.slots(optimizer, parameter) if slot not in OF_CODES]
     if mode != "keep":
-        # By exp_avg, in whatever order a checkpoint brought them back.
-        mask = pruned[mode](store.read_slot(optimizer, parameter, min(slots)))
+        # By the first moment, in whatever order a checkpoint brought them back.
+        mask = pruned[mode](read_moment(store, optimizer, parameter, min(slots)))
         for slot in slots:
-            values = store.read_slot(optimizer, parameter, slot)
-            store.write_slot(optimizer, parameter, slot, values.masked_fill(mask, 0))
+            _clear(store, optimizer, parameter, slot, mask)
     if mode == "zero":
         store.write_step(optimizer, parameter, 0)
-    after = [store.read_slot(optimizer, parameter, slot) for slot in slots]
+    after = [read_moment(store, optimizer, parameter, slot) for slot in slots]
     num_zero, num_entries = sum(int((values == 0).sum()) for values in after), sum(values.numel() for values in after)
     if mode == "zero" and (num_zero < num_entries or store.step(optimizer, parameter) != 0):
         raise RuntimeError(f"a reset of {num_entries} moments reads back with {num_entries - num_zero} that are not 0")
     return num_zero, num_entries
+
+
+def read_moment(store: Store, optimizer: Optimizer, parameter: nn.Parameter, slot: str) -> Tensor:
+    """One full moment as numbers. May alias the optimizer's state."""
+    values = store.read_slot(optimizer, parameter, slot)
+    if values.is_floating_point():
+        return values
+    return decoded(values, *(store.read_slot(optimizer, parameter, beside) for beside in BESIDE[slot]))
+
+
+def _clear(store: Store, optimizer: Optimizer, parameter: nn.Parameter, slot: str, mask: Tensor) -> None:
+    """Set entries of one full moment to zero; the others keep their values, and their codes."""
+    values = store.read_slot(optimizer, parameter, slot)
+    if values.is_floating_point():
+        store.write_slot(optimizer, parameter, slot, values.masked_fill(mask, 0))
+        return
+    scales, table = (store.read_slot(optimizer, parameter, beside) for beside in BESIDE[slot])
+    for name, cleared_values in zip((slot, BESIDE[slot][0]), cleared(values, scales, table, mask), strict=True):
+        store.write_slot(optimizer, parameter, name, cleared_values)
 
 
 def smallest(values: Tensor, ratio: float) -> Tensor:

@@ -10,6 +10,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora.method.base_weights import Grid
+from relora.method.codes import OF_CODES, coded_tensors
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of an optimizer's state as it is saved: full shape and dtype."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Slot":
+        return cls(tensor.shape, tensor.dtype)
 
 
 @dataclass(frozen=True)
@@ -87,14 +100,17 @@ class Store(Protocol):
     def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
         """Whether the optimizer holds moments and a step count of the parameter. Costs nothing."""
 
-    def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, torch.dtype]:
-        """The moments of the parameter (exp_avg, exp_avg_sq, ...); empty if it has none yet. Costs nothing."""
+    def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Slot]:
+        """The moments of the parameter (exp_avg, exp_avg_sq, ...), where they are coded with their scales and tables.
+
+        Empty if it has none yet. Costs nothing.
+        """
 
     def read_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str) -> Tensor:
-        """One full moment. May alias the optimizer's state: copy before a write."""
+        """One full tensor of them. May alias the optimizer's state: copy before a write."""
 
     def write_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str, values: Tensor) -> None:
-        """Set one full moment, in place."""
+        """Set one full tensor of them, in place."""
 
     def step(self, optimizer: Optimizer, parameter: nn.Parameter) -> float:
         """The step count, from which Adam takes its bias correction; 0 without state."""
@@ -102,8 +118,8 @@ class Store(Protocol):
     def write_step(self, optimizer: Optimizer, parameter: nn.Parameter, step: float) -> None:
         """Set the step count."""
 
-    def make_state(self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, torch.dtype]) -> None:
-        """Give the parameter moments of these names and a step count, all zero, before its first update."""
+    def make_state(self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, Slot]) -> None:
+        """Give the parameter slots of these names and a step count, all zero, before its first update."""
 
 
 class PartStore(ABC):
@@ -193,9 +209,10 @@ class TorchStore(PartStore):
     def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
         return "step" in optimizer.state.get(parameter, {}) and bool(self.slots(optimizer, parameter))
 
-    def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, torch.dtype]:
-        found = moments(optimizer.state.get(parameter, {}), parameter.shape)
-        return {slot: values.dtype for slot, values in found.items()}
+    def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Slot]:
+        state = optimizer.state.get(parameter, {})
+        found = coded_tensors(state) or moments(state, parameter.shape)
+        return {slot: Slot.of(values) for slot, values in found.items()}
 
     def read_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str) -> Tensor:
         values: Tensor = optimizer.state[parameter][slot]
@@ -210,8 +227,8 @@ class TorchStore(PartStore):
     def write_step(self, optimizer: Optimizer, parameter: nn.Parameter, step: float) -> None:
         set_step(optimizer.state[parameter], step)
 
-    def make_state(self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, torch.dtype]) -> None:
-        optimizer.state[parameter] = fresh_state(parameter.detach(), slots)
+    def make_state(self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, Slot]) -> None:
+        optimizer.state[parameter] = fresh_state(optimizer, parameter, slots)
 
 
 def moments(state: Mapping[str, Any], shape: torch.Size) -> dict[str, Tensor]:
@@ -239,10 +256,23 @@ def set_step(state: dict[str, Any], step: float) -> None:
         state["step"] = type(state["step"])(step)
 
 
-def fresh_state(optimized: Tensor, slots: Mapping[str, torch.dtype]) -> dict[str, Any]:
-    """State as torch's AdamW makes it at its first step."""
-    made = {slot: torch.zeros_like(optimized, dtype=dtype) for slot, dtype in slots.items()}
-    return {"step": torch.tensor(0.0, dtype=torch.float32), **made}
+def fresh_state(optimizer: Optimizer, optimized: Tensor, slots: Mapping[str, Slot]) -> dict[str, Any]:
+    """State as the optimizer makes it before its first step, of what it optimizes itself (a parameter, a partition)."""
+    made = {
+        name: torch.zeros(slot.shape, dtype=slot.dtype, device=optimized.device)
+        if name in OF_CODES
+        else torch.zeros_like(optimized.detach(), dtype=slot.dtype)
+        for name, slot in slots.items()
+    }
+    return {"step": _fresh_step(optimizer, optimized.device), **made}
+
+
+def _fresh_step(optimizer: Optimizer, device: torch.device) -> Tensor | int:
+    """Zero as torch counts, its fused and capturable updates on the device; others count in Python."""
+    if not type(optimizer).__module__.startswith("torch."):
+        return 0
+    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
+    return torch.zeros((), dtype=torch.float32, device=device if on_device else "cpu")
 
 
 def refuse_sharded(parameter: nn.Parameter) -> None:

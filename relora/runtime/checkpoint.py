@@ -205,8 +205,8 @@ def _codes(engine: Engine, model: nn.Module) -> list[Entry]:
 def _moments(engine: Engine, live: Live, trained: Mapping[str, nn.Parameter]) -> list[Entry]:
     store, optimizer = engine.store, live.optimizer
     return [
-        Entry(f"{name}:{slot}", store.shape(p), dtype, partial(store.read_slot, optimizer, p, slot))
+        Entry(f"{name}:{key}", slot.shape, slot.dtype, partial(store.read_slot, optimizer, p, key))
         for name, p in trained.items()
         if store.has_state(optimizer, p)
-        for slot, dtype in store.slots(optimizer, p).items()
+        for key, slot in store.slots(optimizer, p).items()
     ]

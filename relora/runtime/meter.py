@@ -1,21 +1,25 @@
-"""How long updates take, and what they send."""
+"""How long updates take, how much of the devices they use, and what they send."""
 
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from relora.config import Config
 from relora.runtime.engines import Engine, Live
 from relora.runtime.traffic import Traffic
+from relora.runtime.utilisation import flops_per_token, peak_flops
 
 # In the first two updates engines set themselves up: DDP sends its buckets' order, ZeRO-3 traces the modules.
 COUNTED_UPDATE = 3
 
 
 class Meter:
-    """Mean seconds per update since it was last asked, evaluation and checkpoints left out; bytes of one update."""
+    """Mean speed of updates since it was last asked, evaluation and checkpoints left out; bytes of one update."""
 
-    def __init__(self, engine: Engine, live: Live) -> None:
+    def __init__(self, engine: Engine, live: Live, config: Config) -> None:
+        self._tokens_per_update = config.training.global_batch_size * config.data.sequence_length
+        self._most_tokens_per_second = _most_tokens_per_second(engine, live, config)
         self._start_s, self._busy_s, self._updates, self._seen = time.perf_counter(), 0.0, 0, 0
         self._engine, self._live, self._bytes_sent = engine, live, dict[str, float]()
 
@@ -38,10 +42,14 @@ class Meter:
     def restart_clock(self) -> None:
         self._start_s = time.perf_counter()
 
-    def seconds_per_update(self) -> float:
-        mean_s = self._busy_s / self._updates
+    def speed(self) -> dict[str, float]:
+        """Fields of metrics; `mfu` is among them where the peak of a device is known."""
+        step_seconds = self._busy_s / self._updates
         self._busy_s, self._updates = 0.0, 0
-        return mean_s
+        tokens_per_second = self._tokens_per_update / step_seconds
+        most = self._most_tokens_per_second
+        mfu = {} if most is None else {"mfu": tokens_per_second / most}
+        return {"tokens_per_second": tokens_per_second, "step_seconds": step_seconds, **mfu}
 
     def bytes_sent(self) -> dict[str, float]:
         """What this rank sends in an update, once it has been counted: every update of a stage sends the same."""
@@ -54,3 +62,13 @@ class Meter:
         num_bytes = sum(shape(p).numel() * 4 for p in kept)
         more = num_bytes * self._engine.sent_per_gradient_byte(self._num_micro_batches)
         return {"bytes_sent": sent, "bytes_sent_full_rank": sent + more}
+
+
+def _most_tokens_per_second(engine: Engine, live: Live, config: Config) -> float | None:
+    """What all devices together would train at their peak; None if that is not known."""
+    training, processes = config.training, engine.processes
+    peak = peak_flops(processes.device, mixed_precision=training.mixed_precision, stated_tflops=training.peak_tflops)
+    if peak is None:
+        return None
+    length = config.data.sequence_length
+    return processes.world_size * peak / flops_per_token(live.model, sequence_length=length, shape=engine.store.shape)

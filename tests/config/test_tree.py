@@ -32,11 +32,12 @@ OF_ANY_KIND = [
 # The keys of which DESIGN.md says that another value is the same run, computed otherwise.
 NOT_PART_OF_THE_RUN = {
     "output_dir",
-    *("model.attn_implementation", "model.gradient_checkpointing", "model.torch_compile"),
+    *("model.attn_implementation", "model.gradient_checkpointing", "model.torch_compile", "model.liger_kernel"),
     *("data.prepared_dir", "data.num_proc", "data.num_workers"),
     *("training.per_device_batch_size", "training.per_device_eval_batch_size", "training.mixed_precision"),
     *("training.num_processes", "training.eval_steps", "training.save_steps", "training.save_total_limit"),
     *("training.logging_steps", "training.probe_steps", "training.sync_each_batch"),
+    "training.peak_tflops",
 }
 
 

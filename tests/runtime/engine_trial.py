@@ -355,7 +355,7 @@ def bf16(start: Tensors) -> dict[str, Any]:
     for name, p in named_parameters(live.model).items():
         held |= {str(part.values.dtype) for part in engine.store.copies(p).values()}
         if p.requires_grad:
-            held |= {str(dtype) for dtype in engine.store.slots(live.optimizer, p).values()}
+            held |= {str(slot.dtype) for slot in engine.store.slots(live.optimizer, p).values()}
             of_engine[name] = moments_of(engine, live, p)["exp_avg"] / (1 - BETA1)
     engine.release(live)
     return gradient_errors(start, of_engine) | {"dtypes": sorted(held)}

@@ -69,7 +69,9 @@ class DeepSpeedEngine:
         engine: Any = live.wrapped
         labels_here = sum(num_label_tokens(batch) for batch in batches)
         [num_labels, num_stops] = self.processes.sum([labels_here, stop])
-        num_labels, losses, total = max(num_labels, 1), [], 0.0
+        num_labels, losses = max(num_labels, 1), []
+        # The mean over ranks is taken of gradients; the loss is a sum over ranks and tokens.
+        factor: float | Tensor = self.processes.world_size / num_labels
         for batch, seed in zip(batches, seeds, strict=True):
             torch.manual_seed(seed)
             is_last = batch is batches[-1]
@@ -77,11 +79,13 @@ class DeepSpeedEngine:
             loss = token_losses(engine, on_device(batch, self.processes.device))
             losses.append(loss.detach())
             if is_last:
-                [total] = self.processes.sum([torch.stack(losses).sum().item()])
-            # The mean over ranks is taken of gradients; the loss is a sum over ranks and tokens. DeepSpeed itself
-            # skips an update whose gradient norm, agreed by all ranks, is not finite: a bad loss is made one.
-            factor = self.processes.world_size / num_labels if math.isfinite(total) else math.nan
+                summed = torch.stack(losses).sum().double()
+                self.processes.add_up(summed)
+                # DeepSpeed itself skips an update whose gradient norm, agreed by all ranks, is not finite: a bad
+                # loss is made one, on the device, which goes on to the backward pass without us.
+                factor = torch.where(summed.isfinite(), factor, math.nan).to(loss.dtype)
             engine.backward(loss * factor)
+        total = summed.item()
         engine.step()
         applied = bool(engine.was_step_applied())
         grad_norm = float(engine.get_global_grad_norm()) if applied else math.nan

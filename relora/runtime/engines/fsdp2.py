@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from relora.method.store import Part, fresh_state, moments, set_step
+from relora.method.store import Part, Slot, fresh_state, moments, set_step
 from relora.model import recompute_activations
 from relora.runtime.engines.base import Live
 from relora.runtime.engines.options import FSDPOptions
@@ -121,8 +121,8 @@ class FSDP2Store(ShardedStore):
     def write_step(self, optimizer: Optimizer, parameter: nn.Parameter, step: float) -> None:
         set_step(optimizer.state[parameter], step)
 
-    def make_state(self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, torch.dtype]) -> None:
-        optimizer.state[parameter] = fresh_state(parameter.detach(), slots)
+    def make_state(self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, Slot]) -> None:
+        optimizer.state[parameter] = fresh_state(optimizer, parameter, slots)
 
 
 def _part(tensor: Tensor) -> Part:

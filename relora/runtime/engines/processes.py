@@ -10,6 +10,9 @@ from torch import Tensor, distributed
 from relora.runtime.engines.launches import check_world
 from relora.runtime.engines.watch import Watch, agreed_name
 
+# Rank 0 writes checkpoints and the final model alone; the others wait longer than NCCL's ten minutes.
+TIMEOUT = timedelta(hours=2)
+
 
 class Processes:
     """This process among the others. All methods are collective: every rank calls them.
@@ -21,9 +24,8 @@ class Processes:
 
     def __init__(self, *, num_processes: int | None, alone_too: bool = False) -> None:
         # cpu=True also makes a true world of an `accelerate launch` that would start independent copies.
-        # Rank 0 writes checkpoints and the final model alone; the others wait longer than NCCL's ten minutes.
         cpu = not torch.cuda.is_available()
-        self._joined = PartialState(cpu=cpu, timeout=timedelta(hours=2))
+        self._joined = PartialState(cpu=cpu, timeout=TIMEOUT)
         self.world_size: int = self._joined.num_processes
         self.rank: int = self._joined.process_index
         device: torch.device = self._joined.device
@@ -35,6 +37,7 @@ class Processes:
         if alone_too and not distributed.is_initialized():
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
             distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        self._of_hosts = _host_group() if self.world_size > 1 else None
 
     @property
     def backend(self) -> str:
@@ -42,11 +45,11 @@ class Processes:
         return str(distributed.get_backend())
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over all ranks, in float64."""
+        """Sums over all ranks, in float64, of numbers that the hosts know. Waits for no device."""
         if self.world_size == 1:
             return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        distributed.all_reduce(tensor)
+        tensor = torch.tensor(values, dtype=torch.float64)
+        distributed.all_reduce(tensor, group=self._of_hosts)
         return list(tensor.tolist())
 
     def same_everywhere(self, text: str) -> bool:
@@ -89,3 +92,8 @@ class Processes:
         self.barrier()
         if distributed.is_initialized():
             self._joined.destroy_process_group()
+
+
+def _host_group() -> distributed.ProcessGroup | None:
+    """A group whose messages leave from host memory; None, the group of all, if that one's do."""
+    return None if distributed.get_backend() == "gloo" else distributed.new_group(backend="gloo", timeout=TIMEOUT)

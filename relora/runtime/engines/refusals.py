@@ -3,6 +3,7 @@
 import os
 
 from relora.config import Config
+from relora.method.base_weights import quantization_problem
 from relora.runtime.engines.deepspeed_options import deepspeed_problems
 from relora.runtime.engines.launches import launched_engine
 
@@ -34,6 +35,11 @@ def launch_refusals(config: Config, world_size: int) -> list[str]:
         problems += deepspeed_problems(config, world_size)
     if kind == "fsdp2" and os.environ.get("FSDP_VERSION", "1") != "2":
         problems.append("FSDP: fsdp_version 1 cannot hold frozen and trained weights in one unit; set fsdp_version: 2")
+    missing = quantization_problem(config.optim.name)
+    if missing is not None:
+        problems.append(f"optim.name = {missing}")
+    if kind != "local" and config.optim.name == "adamw_8bit":
+        problems.append("optim.name = adamw_8bit: needs one process or DDP, in which every parameter is whole")
     if kind != "local" and config.relora.sync == "restart":
         problems.append("relora.sync = restart: needs DDP, in which every process holds its own whole model")
     return problems

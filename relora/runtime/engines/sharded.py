@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from relora.method.store import Part, PartStore, TorchStore
+from relora.method.store import Part, PartStore, Slot, TorchStore
 
 
 class SpreadStore(PartStore):
@@ -42,8 +42,9 @@ class ShardedStore(SpreadStore):
     def slot_parts(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Part]:
         """This rank's part of each moment; empty without state."""
 
-    def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, torch.dtype]:
-        return {slot: part.values.dtype for slot, part in self.slot_parts(optimizer, parameter).items()}
+    def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Slot]:
+        shape = self.shape(parameter)
+        return {name: Slot(shape, part.values.dtype) for name, part in self.slot_parts(optimizer, parameter).items()}
 
     def read_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str) -> Tensor:
         return self.whole(self.shape(parameter), self.slot_parts(optimizer, parameter)[slot])

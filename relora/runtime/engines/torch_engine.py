@@ -56,14 +56,12 @@ class TorchEngine:
             losses.append(loss.detach())
         trained = [p for p in live.wrapped.parameters() if p.grad is not None]
         norm = self._total_norm([p.grad for p in trained if p.grad is not None])
-        # One transfer from the device for both.
-        loss_here, grad_norm = torch.stack([torch.stack(losses).sum(), norm]).double().tolist()
-        bad = float(not math.isfinite(grad_norm))
-        [total, num_bad, norms] = self.processes.sum([loss_here, bad, grad_norm])
-        finite = num_bad == 0 and math.isfinite(total)
+        total, norms = self._read_sums(torch.stack([torch.stack(losses).sum(), norm]))
+        finite = math.isfinite(total) and math.isfinite(norms)
         if finite:
             if self._max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(trained, self._max_grad_norm, norm)
+                # foreach must be asked for: by itself torch takes DTensors one at a time.
+                torch.nn.utils.clip_grads_with_norm_(trained, self._max_grad_norm, norm, foreach=True)
             live.optimizer.step()
         live.optimizer.zero_grad(set_to_none=True)
         # The same norm on every rank, but where each trains parameters of its own.
@@ -96,7 +94,16 @@ class TorchEngine:
         return nullcontext()
 
     def _total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        return torch.nn.utils.get_total_norm(gradients)
+        return torch.nn.utils.get_total_norm(gradients, foreach=True)
+
+    def _read_sums(self, measured: Tensor) -> list[float]:
+        """Sums over all ranks, in float64, of what was measured on the device; what is not finite anywhere is not then.
+
+        The one time in an update that the host waits for the device: the clock depends on it.
+        """
+        sums = measured.double()
+        self.processes.add_up(sums)
+        return list(sums.tolist())
 
     def _autocast(self) -> torch.autocast:
         # Our own: accelerate's would copy the logits to fp32 and patch model.forward.

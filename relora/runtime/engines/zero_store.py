@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora.method.store import Part, fresh_state, moments, set_step
+from relora.method.store import Part, Slot, fresh_state, moments, set_step
 from relora.runtime.engines.sharded import ShardedStore
 
 
@@ -76,12 +76,10 @@ class ZeroStore(ShardedStore):
     def write_step(self, optimizer: Optimizer, parameter: nn.Parameter, step: float) -> None:
         set_step(self._state(optimizer, parameter), step)
 
-    def make_state(self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, torch.dtype]) -> None:
+    def make_state(self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, Slot]) -> None:
         inner, flat = _inner(optimizer), _fragment(optimizer, parameter).flat
         if not inner.state.get(flat):
-            inner.state[flat] = fresh_state(flat.detach(), slots)
-            if not type(inner).__module__.startswith("torch."):
-                inner.state[flat]["step"] = 0  # DeepSpeed's own optimizers count in Python
+            inner.state[flat] = fresh_state(inner, flat, slots)
 
     def _state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = _inner(optimizer).state.get(_fragment(optimizer, parameter).flat, {})
