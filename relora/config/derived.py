@@ -96,6 +96,8 @@ def lora_config(config: Config) -> LoRAConfig:
         bias=lora.bias,
         target_modules=lora.target_modules,
         modules_to_save=auto if lora.modules_to_save == "auto" else lora.modules_to_save,
+        forward=lora.forward,
+        keep_merged=lora.keep_merged,
     )
 
 
