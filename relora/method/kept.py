@@ -1,7 +1,10 @@
 """W + delta of a layer, kept from one call to the next for as long as nothing in it is written."""
 
+import weakref
+
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from relora.method.projection import Projection, no_autocast
 
@@ -9,15 +12,18 @@ _MARK = "written_in_place"
 
 
 class KeptWeight:
-    """One W + delta at most; the next one replaces it when W, A or B has been written or another dtype is asked for.
+    """One W + delta at most, dropped when an optimizer has made a step, and formed again when W, A or B was written.
 
-    Nothing but the version counters of the parameters is looked at: only where every write goes through the
-    parameter itself (`can_keep`) may it be used. A write through `.data` is not seen.
+    Steps are looked at beside version counters: torch's fused optimizers write without counting. A write through
+    `.data` outside of a step is not seen. Where neither tells (`can_keep`), nothing may be kept.
     """
 
     def __init__(self) -> None:
         self._state: tuple[object, ...] | None = None
         self._merged: Tensor | None = None
+        weak = weakref.ref(self)
+        hook = register_optimizer_step_post_hook(lambda *_: _drop(weak))
+        weakref.finalize(self, hook.remove)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         return KeptWeight, ()  # a copy of a layer keeps nothing yet
@@ -52,6 +58,12 @@ def can_keep(*parameters: nn.Parameter) -> bool:
     """
     marked = all(hasattr(p, _MARK) and not hasattr(p, "ds_id") and not hasattr(p, "_hp_mapping") for p in parameters)
     return marked and not torch.compiler.is_compiling()
+
+
+def _drop(weak: "weakref.ref[KeptWeight]") -> None:
+    kept = weak()
+    if kept is not None:
+        kept.drop()
 
 
 def _state(parameters: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[object, ...]:
