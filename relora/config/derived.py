@@ -97,6 +97,8 @@ def lora_config(config: Config) -> LoRAConfig:
         target_modules=lora.target_modules,
         base_dtype=lora.base_dtype,
         modules_to_save=auto if lora.modules_to_save == "auto" else lora.modules_to_save,
+        forward=lora.forward,
+        keep_merged=lora.keep_merged,
     )
 
 

@@ -121,6 +121,22 @@ def _carry_residual(c: Config) -> str | None:
     return None
 
 
+def _forward(c: Config) -> str | None:
+    if c.training.method == "full" or c.lora.forward != "merged":
+        return None
+    if c.lora.lora_dropout > 0:
+        return f"lora.forward = merged: lora.lora_dropout = {c.lora.lora_dropout} drops inputs of A alone; must be 0"
+    if c.lora.base_dtype != "float32":
+        return f"lora.forward = merged: lora.base_dtype = {c.lora.base_dtype} rounds small updates away; needs float32"
+    return None
+
+
+def _keep_merged(c: Config) -> str | None:
+    if not c.lora.keep_merged or c.lora.forward != "factored":
+        return None
+    return "lora.keep_merged = true: lora.forward = factored forms nothing to keep; needs merged or auto"
+
+
 def _sync(c: Config) -> str | None:
     if c.relora.sync == "step":
         return None
@@ -172,6 +188,8 @@ RULES = (
     Rule(("training.trainable", "training.method"), _trainable),
     Rule(("lora.target_modules",), _targets),
     Rule(("relora.carry_residual", "lora.base_dtype", "relora.sync"), _carry_residual),
+    Rule(("lora.forward", "lora.lora_dropout", "lora.base_dtype", "training.method"), _forward),
+    Rule(("lora.keep_merged", "lora.forward"), _keep_merged),
     Rule(
         ("relora.sync", "training.method", "relora.restart_every", "relora.warm_start_steps", "training.max_steps"),
         _sync,

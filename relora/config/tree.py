@@ -114,6 +114,18 @@ class LoraSection(Section):
         description="where these masters rest: in memory, or mapped from files in output_dir",
         json_schema_extra=HOW,
     )
+    forward: Literal["auto", "merged", "factored"] = Field(
+        "auto",
+        description="merged: one product with W + s B A (base_dtype float32, no dropout); factored: x A^T B^T beside "
+        "x W^T; auto: whichever needs fewer FLOPs",
+        json_schema_extra=HOW,
+    )
+    keep_merged: bool = Field(
+        False,
+        description="keep W + s B A from the forward pass of an update to its end, a further copy of the weights; "
+        "not under FSDP2, DeepSpeed or torch_compile",
+        json_schema_extra=HOW,
+    )
 
 
 class ReloraSection(Section):

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from relora.method.census import Census, census
+from relora.method.groups import group_siblings
 from relora.method.lora import LoRAConfig, LoRALinear, lora_layers
 from relora.method.merge import merge_layer
 from relora.method.names import canonical, named_parameters
@@ -35,6 +36,7 @@ def inject_lora(
         parameter.requires_grad_(name in saved)
     for name in targets:
         model.set_submodule(name, LoRALinear.from_linear(model.get_submodule(name), config))
+    group_siblings(model)
     for name, layer in lora_layers(model).items():
         draw_into(layer, reinit=reinit, seed=seed, index=0, name=name, stream=stream)
     return census(model)
@@ -66,6 +68,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
         store.check(parameter)
     for name, layer in layers.items():
         merge_layer(layer, store)
+        if layer.siblings is not None:
+            layer.siblings.leave()
         model.set_submodule(name, layer.to_linear())
     return model
 

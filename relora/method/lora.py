@@ -7,19 +7,21 @@ B (d_out, r). The update is delta = scale * B @ A.
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal, cast
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from relora.method.base_weights import BaseDtype, Grid
+from relora.method.kept import KeptWeight, can_keep, mark_written_in_place
+from relora.method.kernels import project, project_dropped
 from relora.method.names import canonical
+from relora.method.projection import Fixed, Projection, compute_dtype
+from relora.method.routes import Forward, Route, choose_route, form_cost, merge_problem
 from relora.method.store import Part
 
 FACTORS = ("lora_A", "lora_B")
-Route = Literal["auto", "merged", "factored"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class LoRAConfig:
     target_modules: str | tuple[str, ...] | list[str] = "all-linear"
     modules_to_save: Literal["rest"] | tuple[str, ...] | list[str] | None = None
     base_dtype: BaseDtype | None = None
-    forward: Route = "auto"
+    forward: Forward = "auto"
     keep_merged: bool = False
 
     def __post_init__(self) -> None:
@@ -59,7 +61,11 @@ class LoRAConfig:
             f"lora_dropout must be in [0, 1), not {self.lora_dropout}": 0 <= self.lora_dropout < 1,
             f"bias must be none, all or lora_only, not {self.bias!r}": self.bias in ("none", "all", "lora_only"),
             "target_modules must not be empty": len(self.target_modules) > 0,
+            f"forward must be auto, merged or factored, not {self.forward!r}": self.forward in get_args(Forward),
         }
+        if self.forward == "merged":
+            problem = merge_problem(self.base_dtype, torch.float32, self.lora_dropout)
+            rules[f"forward must not be merged: {problem}"] = problem is None
         broken = [rule for rule, holds in rules.items() if not holds]
         if broken:
             raise ValueError("; ".join(broken))
@@ -67,6 +73,16 @@ class LoRAConfig:
     @property
     def scale(self) -> float:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+class Siblings(Protocol):
+    """Layers that read the same x, and are computed together (groups.py)."""
+
+    def take(self, layer: "LoRALinear", x: Tensor) -> Tensor | None:
+        """What `layer` makes of x, if it was or now is computed with the others; else the layer computes alone."""
+
+    def leave(self) -> None:
+        """Let each layer compute alone from now on."""
 
 
 class LoRALinear(nn.Module):
@@ -82,11 +98,14 @@ class LoRALinear(nn.Module):
         master: the exact W in float32 in host memory, or this process's part of it, beside a stored W that is
             coarser; else None.
         instead: W in its own shape, to compute with in place of what is stored; None but for a moment.
+        siblings: the layers that it is computed with, if there are any.
+        kept: W + delta, as long as it is kept.
     """
 
     bias: nn.Parameter | None
     master: Part | None
-    instead: Tensor | None = None
+    instead: Tensor | None
+    siblings: Siblings | None
 
     def __init__(self, plain: nn.Module, config: LoRAConfig) -> None:
         super().__init__()
@@ -107,6 +126,11 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.lora_B = nn.Parameter(torch.zeros(d_out, config.r, dtype=dtype, device=weight.device))
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.how, self.siblings, self.instead = config.forward, None, None
+        self.kept = KeptWeight() if config.keep_merged else None
+        if config.keep_merged:
+            mark_written_in_place(self.lora_A, self.lora_B)
+        self.route(1, dtype)  # refuses a merged route that is impossible
         # The plain layer waits beside the module tree, without parameters: fully_shard replaces those of the
         # tree, and a second reference would keep the whole weight in memory.
         plain.register_parameter("weight", None)
@@ -133,12 +157,59 @@ class LoRALinear(nn.Module):
         return plain
 
     def forward(self, x: Tensor) -> Tensor:
-        W = self.grid.decode(self.weight, x.dtype) if self.instead is None else self.instead.to(x.dtype)
-        W = W.T if self.transposed else W
-        # Factors are fp32 beside a bf16 weight too; inside autocast the cast is autocast's.
-        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
-        low = F.linear(self.dropout(x), A) * self.scale
-        return F.linear(x, W, self.bias) + F.linear(low, B)
+        together = self.siblings.take(self, x) if self.siblings is not None else None
+        if together is not None:
+            return together
+        projection = self.projection(x)
+        if self.active_dropout:
+            return project_dropped(x, self.dropout(x), projection)
+        [y] = project(x, [projection])
+        return y
+
+    def projection(self, x: Tensor) -> Projection:
+        """What the kernels need to know of this layer for a call with x, by the route that it takes."""
+        dtype, grad = compute_dtype(x), torch.is_grad_enabled()
+        route = self.route(x.numel() // self.in_features, dtype, with_gradients=grad)
+        weight, grid = cast(Tensor, self.weight), self.grid
+        if self.instead is not None:
+            weight, grid = self.instead, Grid(None, grid.shape)
+        fixed = Fixed(grid, self.scale, self.transposed, route)
+        projection = Projection(fixed, weight, self.bias, self.lora_A, self.lora_B)
+        if self.kept is None or route == "factored" or not self.keeps_merged:
+            return projection
+        return replace(projection, kept=self.kept.of(projection, dtype))
+
+    def route(self, num_tokens: int, dtype: torch.dtype, *, with_gradients: bool = True) -> Route:
+        """How a call with so many tokens is computed.
+
+        Raises:
+            ValueError: the merged route is asked for, and W is no longer stored exactly.
+        """
+        problem = merge_problem(self.grid.name, self.weight.dtype, self.active_dropout)
+        if problem is not None and self.how == "merged":
+            raise ValueError(f"forward = merged: {problem}")
+        num_forms = 1.0 + with_gradients
+        if self.kept is not None and self.keeps_merged:
+            num_forms = 1.0 - self.kept.is_fresh((self.weight, self.lora_A, self.lora_B), dtype)
+        return choose_route(
+            num_tokens,
+            self.in_features,
+            self.out_features,
+            self.r,
+            forward=self.how,
+            can_merge=problem is None,
+            num_forms=num_forms * form_cost(self.weight.device.type, dtype),
+            with_gradients=with_gradients,
+        )
+
+    @property
+    def keeps_merged(self) -> bool:
+        """Whether W + delta of the merged route is kept: it is asked for, and possible here (`can_keep`)."""
+        return self.kept is not None and can_keep(self.lora_A, self.lora_B)
+
+    @property
+    def active_dropout(self) -> float:
+        return self.dropout.p if self.training and isinstance(self.dropout, nn.Dropout) else 0.0
 
     def delta(self) -> Tensor:
         """scale * B @ A in the layout of `weight`, formed in fp32 (float64 around a float64 weight)."""

@@ -8,6 +8,7 @@ from torch import nn
 
 from relora.method.lora import LoRAConfig, is_linear
 from relora.method.names import tied_names
+from relora.method.routes import merge_problem
 
 ALL_LINEAR = "all-linear"
 
@@ -34,6 +35,7 @@ def find_targets(model: nn.Module, config: LoRAConfig) -> list[str]:
             f"{', '.join(last_parts(linear)) or 'none, the model has no nn.Linear or Conv1D'}"
         )
     problems = _idle(linear, config.target_modules) + _too_small(linear, wanted, config.r) + _tied(model, wanted)
+    problems += _unmergeable(linear, wanted, config)
     if problems:
         raise ValueError("\n".join(problems))
     return wanted
@@ -89,6 +91,15 @@ def _too_small(linear: dict[str, nn.Module], wanted: list[str], r: int) -> list[
     shapes = {name: tuple(cast(nn.Parameter, linear[name].weight).shape) for name in wanted}
     small = [f"{name} {shape}" for name, shape in shapes.items() if r > min(shape)]
     return [f"r = {r} exceeds the smaller side of {len(small)} layers, such as {small[0]}"] if small else []
+
+
+def _unmergeable(linear: dict[str, nn.Module], wanted: list[str], config: LoRAConfig) -> list[str]:
+    """Weights that come in a dtype in which the route that is asked for would round updates away."""
+    if config.forward != "merged" or config.base_dtype is not None:
+        return []
+    dtypes = {name: cast(nn.Parameter, linear[name].weight).dtype for name in wanted}
+    problems = {name: merge_problem(None, dtype, dropout=0) for name, dtype in dtypes.items()}
+    return [f"forward = merged: {name}: {problem}" for name, problem in problems.items() if problem][:1]
 
 
 def _tied(model: nn.Module, wanted: list[str]) -> list[str]:

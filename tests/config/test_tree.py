@@ -31,6 +31,8 @@ OF_ANY_KIND = [
 ]
 # The keys of which DESIGN.md says that another value is the same run, computed otherwise.
 NOT_PART_OF_THE_RUN = {
+    "lora.forward",
+    "lora.keep_merged",
     "output_dir",
     *("model.attn_implementation", "model.gradient_checkpointing", "model.torch_compile", "model.liger_kernel"),
     *("data.prepared_dir", "data.num_proc", "data.num_workers"),
@@ -453,6 +455,18 @@ JOINED: list[tuple[tuple[str, ...], dict[str, Any], str, dict[str, Any]]] = [
         )
         for dtype in ("bfloat16", "int8", "nf4")
     ),
+    (
+        ("lora.forward", "lora.lora_dropout", "lora.base_dtype", "training.method"),
+        {"lora": {"forward": "merged", "lora_dropout": 0.1}},
+        "lora.forward = merged: lora.lora_dropout = 0.1 drops inputs of A alone; must be 0",
+        {"lora": {"forward": "factored", "lora_dropout": 0.1}},
+    ),
+    (
+        ("lora.keep_merged", "lora.forward"),
+        {"lora": {"forward": "factored", "keep_merged": True}},
+        "lora.keep_merged = true: lora.forward = factored forms nothing to keep; needs merged or auto",
+        {"lora": {"forward": "auto", "keep_merged": True}},
+    ),
     *(
         (
             ("data.document_mask", "model.attn_implementation"),
@@ -647,10 +661,10 @@ def test_wrong_overrides(override: str, line: str, tmp_path: Path) -> None:
 def test_defaults_of_the_section_are_those_of_the_library() -> None:
     library = {field.name: field.default for field in dataclasses.fields(LoRAConfig)}
     section = LoraSection().model_dump()
-    assert section.keys() - library.keys() == {"base_dtype"}
-    assert library.keys() - section.keys() == set()
+    assert section.keys() == library.keys()
     different = {name for name, default in library.items() if section[name] != default}
-    assert different == {"modules_to_save"}  # auto is the pipeline's: it knows whether the model is pretrained
+    # auto is the pipeline's: it knows whether the model is pretrained. A library's weights stay as they came.
+    assert different == {"modules_to_save", "base_dtype"}
 
 
 def test_auto_means_nothing_for_a_pretrained_model_and_the_rest_from_scratch() -> None:

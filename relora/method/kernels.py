@@ -1,0 +1,161 @@
+"""The products of wrapped layers that read the same x, forward and backward, by the two routes of routes.py.
+
+One implementation for n >= 1 layers. For the backward pass it keeps x once and the parameters themselves: never
+x A^T, nor W in another dtype, nor W + delta, unless it is handed one that the layer keeps anyway.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from relora.method.projection import Fixed, Projection, as_right, compute_dtype, no_autocast
+
+_NUM_TENSORS = 5  # of a projection
+
+
+def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
+    """What each projection makes of x, in `compute_dtype(x)`.
+
+    Args:
+        x: (..., d_in).
+        projections: all of one d_in and r.
+
+    Returns:
+        For each (..., d_out).
+    """
+    rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
+    fixed, tensors = tuple(p.fixed for p in projections), [t for p in projections for t in p.tensors]
+    outputs: tuple[Tensor, ...] = _Project.apply(fixed, rows, *tensors)  # type: ignore[no-untyped-call]
+    return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
+
+
+def project_dropped(x: Tensor, dropped: Tensor, projection: Projection) -> Tensor:
+    """The factored route where A reads another input than W: x W^T + bias + scale * (dropped A^T) B^T."""
+    dtype, p = compute_dtype(x), projection
+    rows, low = (t.reshape(-1, x.shape[-1]).to(dtype) for t in (x, dropped))
+    with no_autocast(x.device.type):
+        low = low @ p.A.to(dtype).T @ p.scaled_B(dtype).T
+        y: Tensor = _AddFrozen.apply(p.fixed, rows, p.weight, low)  # type: ignore[no-untyped-call]
+        y = y if p.bias is None else y + p.bias.to(dtype)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+class _Project(torch.autograd.Function):
+    """All products with one x: (rows, d_in) -> (rows, d_out) each."""
+
+    @staticmethod
+    def forward(ctx: Any, fixed: tuple[Fixed, ...], x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.fixed = fixed
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *tensors)
+        members = _members(fixed, tensors)
+        with no_autocast(x.device.type):
+            hs = iter(_low(x, [m.A for m in members if not m.is_merged]))
+            return tuple(m.merged_output(x) if m.is_merged else m.factored_output(x, next(hs)) for m in members)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        _, needs_dx, *needs = ctx.needs_input_grad
+        members = zip(_members(ctx.fixed, tensors), dys, _by_member(needs), strict=True)
+        used = [_Used(member, dy, *needed) for member, dy, needed in members if dy is not None]
+        with no_autocast(x.device.type):
+            gs = [m.g() if m.needs_a or (needs_dx and not m.own.is_merged) else None for m in used]
+            dx = _sum_of_products(_terms_of_dx(used, gs)) if needs_dx and used else None
+            dAs = iter(_gradients_of_A(x, [g for m, g in zip(used, gs, strict=True) if m.needs_a and g is not None]))
+            hs = iter(_low(x, [m.own.A for m in used if m.needs_b]))
+            found = iter([m.gradients(x, dAs, hs) for m in used])
+        none = (None,) * _NUM_TENSORS
+        return None, dx, *(gradient for dy in dys for gradient in (none if dy is None else next(found)))
+
+
+class _AddFrozen(torch.autograd.Function):
+    """low + x W^T for a frozen W: keeps W as it is stored, and x not at all."""
+
+    @staticmethod
+    def forward(ctx: Any, fixed: Fixed, x: Tensor, weight: Tensor, low: Tensor) -> Tensor:
+        ctx.fixed = fixed
+        ctx.save_for_backward(weight)
+        return torch.addmm(low, x, as_right(fixed.grid.decode(weight, x.dtype), fixed))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if not ctx.needs_input_grad[1]:
+            return None, None, None, dy
+        [weight] = ctx.saved_tensors
+        with no_autocast(dy.device.type):
+            return None, dy @ as_right(ctx.fixed.grid.decode(weight, dy.dtype), ctx.fixed).T, None, dy
+
+
+@dataclass(frozen=True, eq=False)
+class _Used:
+    """A projection whose output got a gradient dy, and what of its own wants one."""
+
+    own: Projection
+    dy: Tensor
+    needs_weight: bool
+    needs_bias: bool
+    needs_a: bool
+    needs_b: bool
+    needs_kept: bool
+
+    def g(self) -> Tensor:
+        """scale * dy B, (rows, r)."""
+        return self.dy @ self.own.scaled_B(self.dy.dtype)
+
+    def gradients(self, x: Tensor, dAs: Iterator[Tensor], hs: Iterator[Tensor]) -> tuple[Tensor | None, ...]:
+        """Those of the projection's tensors; the next of `dAs` and `hs` is this one's, if it needs one."""
+        own, dy = self.own, self.dy
+        dW = (x.T @ dy if own.fixed.transposed else dy.T @ x) if self.needs_weight else None
+        dbias = dy.sum(0, dtype=cast(Tensor, own.bias).dtype) if self.needs_bias else None
+        dA = next(dAs).to(own.A.dtype) if self.needs_a else None
+        dB = (dy.T @ next(hs)).to(own.B.dtype).mul_(own.fixed.scale) if self.needs_b else None
+        return dW, dbias, dA, dB, None
+
+
+def _low(x: Tensor, As: Sequence[Tensor]) -> Sequence[Tensor]:
+    """x A^T for each A, by one product."""
+    if len(As) < 2:
+        return [x @ A.to(x.dtype).T for A in As]
+    stacked = x @ torch.cat([A.to(x.dtype) for A in As]).T
+    # Apart: on the CPU a 16-bit product with a strided slice costs several times that with a dense matrix.
+    return [h.contiguous() for h in stacked.chunk(len(As), dim=1)]
+
+
+def _gradients_of_A(x: Tensor, gs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """g^T x for each g, by one product."""
+    if len(gs) < 2:
+        return [g.T @ x for g in gs]
+    return (torch.cat(list(gs), dim=1).T @ x).chunk(len(gs))
+
+
+def _terms_of_dx(used: Sequence[_Used], gs: Sequence[Tensor | None]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of factors whose products sum to dx, the small ones first; each W is made when it is asked for."""
+    for m, g in zip(used, gs, strict=True):
+        if not m.own.is_merged:
+            yield cast(Tensor, g), m.own.A.to(m.dy.dtype)
+    for m in used:
+        W = m.own.merged(m.dy.dtype) if m.own.is_merged else m.own.frozen(m.dy.dtype)
+        yield m.dy, W.T
+
+
+def _sum_of_products(terms: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+    left, right = next(terms)
+    total = left @ right
+    for left, right in terms:
+        total.addmm_(left, right)
+    return total
+
+
+def _members(fixed: Sequence[Fixed], tensors: Sequence[Tensor | None]) -> list[Projection]:
+    return [Projection(f, *own) for f, own in zip(fixed, _by_member(tensors), strict=True)]
+
+
+def _by_member(values: Sequence[Any]) -> list[tuple[Any, ...]]:
+    return [tuple(values[i : i + _NUM_TENSORS]) for i in range(0, len(values), _NUM_TENSORS)]

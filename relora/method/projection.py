@@ -1,0 +1,109 @@
+"""One wrapped layer as the kernels see it: its tensors, and the products that both of its passes are made of.
+
+x is (rows, d_in), and everything is computed in its dtype. In a 16-bit dtype the small term is the one that is rounded
+by itself, and x W^T is added to it in the accumulator: added to a rounded x W^T, most of a small update would be
+rounded away.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from relora.method.base_weights import Grid
+from relora.method.routes import Route
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What of a projection is no tensor.
+
+    Attributes:
+        grid: how W is stored.
+        transposed: W is (d_in, d_out).
+    """
+
+    grid: Grid
+    scale: float
+    transposed: bool
+    route: Route
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """x -> x W^T + bias + scale * (x A^T) B^T.
+
+    Attributes:
+        weight: W as it is stored.
+        bias: (d_out,), or None.
+        A: (r, d_in).
+        B: (d_out, r).
+        kept: W + delta in the dtype of x, for the merged route alone; None if it is to be formed.
+    """
+
+    fixed: Fixed
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    kept: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.weight, self.bias, self.A, self.B, self.kept
+
+    @property
+    def is_merged(self) -> bool:
+        return self.fixed.route == "merged"
+
+    def merged_output(self, x: Tensor) -> Tensor:
+        W = self.merged(x.dtype)
+        return x @ W if self.bias is None else torch.addmm(self.bias.to(x.dtype), x, W)
+
+    def factored_output(self, x: Tensor, h: Tensor) -> Tensor:
+        """h: x A^T."""
+        B, W = self.scaled_B(x.dtype), self.frozen(x.dtype)
+        if self.bias is None:
+            return (h @ B.T).addmm_(x, W)
+        if x.dtype.itemsize < 4:
+            return (h @ B.T).addmm_(x, W).add_(self.bias)
+        return torch.addmm(self.bias.to(x.dtype), h, B.T).addmm_(x, W)
+
+    def scaled_B(self, dtype: torch.dtype) -> Tensor:
+        return (self.B * self.fixed.scale).to(dtype)
+
+    def frozen(self, dtype: torch.dtype) -> Tensor:
+        """W as the right factor of x: (d_in, d_out)."""
+        return as_right(self.fixed.grid.decode(self.weight, dtype), self.fixed)
+
+    def merged(self, dtype: torch.dtype) -> Tensor:
+        """W + delta as the right factor of x."""
+        return as_right(self.form(dtype) if self.kept is None else self.kept, self.fixed)
+
+    def form(self, dtype: torch.dtype) -> Tensor:
+        """W + delta in the layout of W: formed in at least fp32, and rounded once."""
+        wide = torch.promote_types(self.weight.dtype, torch.promote_types(self.A.dtype, torch.float32))
+        W, A, B = self.fixed.grid.decode(self.weight, wide), self.A.to(wide), self.B.to(wide)
+        left, right = (A.T, B.T) if self.fixed.transposed else (B, A)
+        return torch.addmm(W, left, right, alpha=self.fixed.scale).to(dtype)
+
+
+def as_right(W: Tensor, fixed: Fixed) -> Tensor:
+    """W as the right factor of x: (d_in, d_out), a view."""
+    return W if fixed.transposed else W.T
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Autocast's dtype within autocast, else that of x; float64 stays what it is, as in torch's own layers."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def no_autocast(device_type: str) -> AbstractContextManager[Any]:
+    # Not every device has autocast: meta has none.
+    has_autocast = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if has_autocast else nullcontext()
