@@ -247,7 +247,10 @@ CONFIG = {
     "trainable with method relora": Case(
         ["training.trainable=attn"], ["training.trainable = attn: goes with training.method = full only"]
     ),
-    "nf4": Case(["lora.base_dtype=nf4"], ["lora.base_dtype = nf4: only float32 is built yet; <...>"]),
+    "residual of exact weights": Case(
+        ["relora.carry_residual=true"],
+        ["relora.carry_residual = true: needs lora.base_dtype int8 or nf4, not float32"],
+    ),
     "document mask with flash attention": Case(
         ["data.document_mask=true", "model.attn_implementation=flash_attention_2", "training.mixed_precision=bf16"],
         ["data.document_mask = true: needs model.attn_implementation eager or sdpa, not flash_attention_2"],

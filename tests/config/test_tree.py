@@ -31,8 +31,7 @@ OF_ANY_KIND = [
 ]
 # The keys of which DESIGN.md says that another value is the same run, computed otherwise.
 NOT_PART_OF_THE_RUN = {
-    "lora.forward",
-    "lora.keep_merged",
+    *("lora.forward", "lora.keep_merged", "lora.master"),
     "output_dir",
     *("model.attn_implementation", "model.gradient_checkpointing", "model.torch_compile", "model.liger_kernel"),
     *("data.prepared_dir", "data.num_proc", "data.num_workers"),
@@ -447,13 +446,18 @@ JOINED: list[tuple[tuple[str, ...], dict[str, Any], str, dict[str, Any]]] = [
     ),
     *(
         (
-            ("lora.base_dtype", "training.method"),
-            {"lora": {"base_dtype": dtype}},
-            f"lora.base_dtype = {dtype}: only float32 is built yet; "
-            "a coarser grid would round away part of what a restart merges",
-            {"lora": {"base_dtype": dtype}, "training": {"method": "full"}},
+            ("relora.carry_residual", "lora.base_dtype", "relora.sync"),
+            {"relora": {"carry_residual": True}, "lora": {"base_dtype": dtype}},
+            f"relora.carry_residual = true: needs lora.base_dtype int8 or nf4, not {dtype}",
+            {"relora": {"carry_residual": True}, "lora": {"base_dtype": "nf4"}},
         )
-        for dtype in ("bfloat16", "int8", "nf4")
+        for dtype in ("float32", "bfloat16")
+    ),
+    (
+        ("relora.carry_residual", "lora.base_dtype", "relora.sync"),
+        {"relora": {"carry_residual": True, "sync": "restart", "restart_every": 10000}, "lora": {"base_dtype": "nf4"}},
+        "relora.carry_residual = true: needs relora.sync = step; processes that train apart draw their own factors",
+        {"relora": {"carry_residual": True}, "lora": {"base_dtype": "int8"}},
     ),
     (
         ("lora.forward", "lora.lora_dropout", "lora.base_dtype", "training.method"),
@@ -661,6 +665,7 @@ def test_wrong_overrides(override: str, line: str, tmp_path: Path) -> None:
 def test_defaults_of_the_section_are_those_of_the_library() -> None:
     library = {field.name: field.default for field in dataclasses.fields(LoRAConfig)}
     section = LoraSection().model_dump()
+    del section["master"]  # where memory is, the pipeline knows
     assert section.keys() == library.keys()
     different = {name for name, default in library.items() if section[name] != default}
     # auto is the pipeline's: it knows whether the model is pretrained. A library's weights stay as they came.
