@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora import build_optimizer, inject_lora
+from relora import inject_lora
 from relora.method.lora import LoRAConfig, lora_layers
 from relora.method.targets import find_targets
 
@@ -36,7 +36,7 @@ class Contender:
 def full(options: argparse.Namespace) -> Contender:
     """Every weight, by AdamW."""
     model = llama.build(options)
-    return Contender(model, build_optimizer(model, learning_rate=LEARNING_RATE), _weights(model))
+    return Contender(model, llama.optimizer_for(model, options), _weights(model))
 
 
 def peft(options: argparse.Namespace) -> Contender:
@@ -47,14 +47,14 @@ def peft(options: argparse.Namespace) -> Contender:
     config = LoraConfig(r=options.rank, lora_alpha=32, target_modules="all-linear", modules_to_save=rest)
     model = get_peft_model(llama.build(options), config).get_base_model()
     factors = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
-    return Contender(model, build_optimizer(model, learning_rate=LEARNING_RATE), factors)
+    return Contender(model, llama.optimizer_for(model, options), factors)
 
 
 def ours(options: argparse.Namespace) -> Contender:
     model = llama.build(options)
     inject_lora(model, llama.lora_config(options))
     factors = [factor for layer in lora_layers(model).values() for factor in (layer.lora_A, layer.lora_B)]
-    return Contender(model, build_optimizer(model, learning_rate=LEARNING_RATE), factors)
+    return Contender(model, llama.optimizer_for(model, options), factors)
 
 
 def galore(options: argparse.Namespace) -> Contender:

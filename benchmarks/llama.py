@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora import LoRAConfig
+from relora import LoRAConfig, build_optimizer
 from relora.config.tree import ModelSection
 from relora.method.base_weights import BaseDtype
-from relora.method.lora import Route
 from relora.model import build_model, load_hf_config, num_label_tokens, token_losses
 
 MAX_GRAD_NORM = 1.0
@@ -47,9 +46,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--bf16", action="store_true", help="bf16 autocast over fp32 parameters")
     lora = parser.add_argument_group("lora")
     lora.add_argument("--rank", type=int, default=128)
-    lora.add_argument("--forward", choices=get_args(Route), default="auto")
+    lora.add_argument("--forward", default="auto", help="auto, merged or factored")
     lora.add_argument("--keep-merged", action="store_true")
     lora.add_argument("--base-dtype", choices=get_args(BaseDtype))
+    parser.add_argument("--optimizer", default="adamw", help="name of build_optimizer's")
 
 
 def model_section(options: argparse.Namespace) -> ModelSection:
@@ -83,6 +83,10 @@ def lora_config(options: argparse.Namespace) -> LoRAConfig:
         keep_merged=options.keep_merged,
         base_dtype=options.base_dtype,
     )
+
+
+def optimizer_for(model: nn.Module, options: argparse.Namespace) -> Optimizer:
+    return build_optimizer(model, name=options.optimizer)
 
 
 def draw_batch(model: nn.Module, options: argparse.Namespace) -> Batch:

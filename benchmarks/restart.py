@@ -23,7 +23,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 import relora
-from relora import build_optimizer, inject_lora, restart
+from relora import inject_lora, restart
 from relora.method.lora import lora_layers
 
 CYCLE, SHARE_PERCENT = 2000, 0.2
@@ -80,7 +80,7 @@ def timed(options: argparse.Namespace) -> tuple[list[Row], list[Row], float]:
 def trainee(options: argparse.Namespace) -> tuple[nn.Module, Optimizer]:
     model = llama.build(options)
     inject_lora(model, llama.lora_config(options))
-    return model, build_optimizer(model)
+    return model, llama.optimizer_for(model, options)
 
 
 def parts_of(profile: cProfile.Profile) -> list[Row]:
