@@ -27,7 +27,6 @@ from relora import inject_lora, restart
 from relora.method.lora import lora_layers
 
 CYCLE, SHARE_PERCENT = 2000, 0.2
-NUM_RESTARTS = 10
 PART_OF_RESTART = 0.05
 # What Python and the allocator themselves may have taken meanwhile.
 NOISE_MIB = 1.0
@@ -37,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     llama.add_options(parser)
     parser.add_argument("--rounds", type=int, default=5, help="timed restarts")
+    parser.add_argument("--restarts", type=int, default=10, help="restarts whose memory is followed")
     parser.add_argument("--measure-memory", action="store_true", help=argparse.SUPPRESS)
     options = options_of(parser)
     if options.measure_memory:
@@ -47,7 +47,7 @@ def main() -> None:
     limits = [
         Limit(f"restart, % of a cycle of {CYCLE} updates", share, at_most=SHARE_PERCENT),
         Limit("peak of a restart over an update's, MiB", found["over"] / MIB, at_most=found["layer"] / MIB),
-        Limit(f"growth over {NUM_RESTARTS} restarts, MiB", found["growth"] / MIB, at_most=NOISE_MIB),
+        Limit(f"growth over {options.restarts} restarts, MiB", found["growth"] / MIB, at_most=NOISE_MIB),
     ]
     tables = {"Time": times, "Parts of a restart": parts, "Memory": [{k: v / MIB for k, v in titled(found).items()}]}
     publish(tables, limits, json_path=options.json)
@@ -100,7 +100,7 @@ def parts_of(profile: cProfile.Profile) -> list[Row]:
 
 
 def memory(options: argparse.Namespace) -> dict[str, int]:
-    """Bytes: the level between updates, the peaks, and what ten restarts leave behind."""
+    """Bytes: the level between updates, the peaks, and what the restarts leave behind."""
     on_gpu = llama.device().type == "cuda"
     model, optimizer = trainee(options)
     batch = llama.draw_batch(model, options)
@@ -108,7 +108,7 @@ def memory(options: argparse.Namespace) -> dict[str, int]:
     # The first restart of a process loads what later ones share.
     restart(model, optimizer, seed=0, index=1)
     before, peak, update_peak = level(on_gpu=on_gpu), 0, 0
-    for index in range(2, NUM_RESTARTS + 2):
+    for index in range(2, options.restarts + 2):
         with phase(on_gpu=on_gpu) as update:
             llama.update(model, optimizer, batch, bf16=options.bf16)
         with phase(on_gpu=on_gpu) as merge:
@@ -134,7 +134,7 @@ def titled(found: dict[str, int]) -> dict[str, int]:
         "restart over the level, MiB": found["over_level"],
         "restart over an update, MiB": found["over"],
         "largest layer in fp32, MiB": found["layer"],
-        f"growth over {NUM_RESTARTS} restarts, MiB": found["growth"],
+        "growth over the restarts, MiB": found["growth"],
     }
 
 

@@ -1,6 +1,7 @@
 """A whole model's update, ours against full rank, PEFT, GaLore and APOLLO, in turn in one process.
 
-    python benchmarks/step.py                 # 4 layers of width 2048, 4096 tokens, r = 128; 13 GB, 10 minutes
+    python benchmarks/step.py                 # 4 layers of width 2048, 4096 tokens, r = 128; 13 GB, 10 minutes, half
+                                              # of them for the first subspace of galore
     python benchmarks/step.py --bf16          # bf16 autocast
     python benchmarks/step.py --memory        # peak memory instead, each method in a fresh process
     python benchmarks/step.py --compile --methods ours        # compiled beside eager, recompiles counted

@@ -88,18 +88,20 @@ def test_only_the_limits_of_the_chosen_methods_are_told(benchmark: Benchmark) ->
 def test_the_peak_of_a_step_is_that_of_a_process_of_its_own(benchmark: Benchmark) -> None:
     tables, _ = benchmark("step", *SMALL, "--memory", "--methods", "full")
     [[row]] = tables.values()
-    assert row["peak of an update, over that, MiB"] >= row["at rest, over that, MiB"] > 0
+    assert row["peak of an update, over that, MiB"] > 0
+    assert row["at rest, over that, MiB"] > 0
     assert row["/ full"] == 1
 
 
 def test_a_restart_its_parts_and_its_memory(benchmark: Benchmark) -> None:
-    tables, limits = benchmark("restart", *SMALL, "--rounds=1")
+    tables, limits = benchmark("restart", *SMALL, "--rounds=1", "--restarts=2")
     assert list(tables) == ["Time", "Parts of a restart", "Memory"]
     [time] = tables["Time"]
     assert time["% of 2000 updates"] == pytest.approx(100 * time["restart, s"] / (2000 * time["update, s"]))
-    parts = by("function", tables["Parts of a restart"])
-    assert next(iter(parts)) == "restart.restart"
-    assert parts["merge.merge_layer"]["calls"] == 7 * SIZE["layers"]
+    whole, *parts = tables["Parts of a restart"]
+    assert (whole["function"], whole["calls"], whole["%"]) == ("restart.restart", 1, 100)
+    assert parts
+    assert all(5 <= part["%"] <= 100 for part in parts)
     [memory] = tables["Memory"]
     assert memory["largest layer in fp32, MiB"] == 4 * 32 * 80 / 2**20
     assert len(limits) == 3
@@ -128,3 +130,14 @@ def test_the_same_run_with_each_storage(
     assert [row["step"] for row in tables["Restarts, float32"]] == [7, 10]
     assert all(abs(row["after - before"]) < 1e-5 for row in tables["Restarts, float32"])
     assert not limits
+
+
+def test_a_coarse_storage_is_asked_for_and_its_master_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    storage = runpy.run_path(str(FOLDER / "storage.py"))
+    assert storage["overrides"]("bfloat16") == ["lora.base_dtype=bfloat16"]
+    assert storage["overrides"]("nf4+residual") == ["lora.base_dtype=nf4", "relora.carry_residual=true"]
+    probes = {"probe_loss_before": 2.0, "probe_loss_after": 2.25, "probe_loss_master": 2.125}
+    row = storage["restart_row"]({"step": 7, "merge_error": 0.5, "master_error": 1e-7} | probes)
+    assert (row["after - before"], row["live after - master"]) == (0.25, 0.125)
+    assert (row["merge_error"], row["master_error"]) == (0.5, 1e-7)
