@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tables import Limit, options_of, publish
+
 from relora import LoRAConfig, build_optimizer, inject_lora
 from relora.config.tree import DataSection, ModelSection
 from relora.data import PreparedData, prepare
@@ -22,6 +24,7 @@ from relora.data.writing import usable_cores
 from relora.model import build_model, load_hf_config, token_losses
 
 VOCAB_SIZE = 32_000
+PREPARING, FINDING, READING = "prepare, MB/s per process", "find sample 10**9, us", "reading, % of that step"
 
 
 def main() -> None:
@@ -29,19 +32,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["RELORA_CACHE"] = folder
         results = measure(Path(folder), options.megabytes, options.num_proc)
-    width = max(map(len, results))
-    for name, value in results.items():
-        print(f"{name:{width}}  {value:10.3f}")
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    limits = [
+        Limit(PREPARING, results[PREPARING], at_least=1),
+        Limit(FINDING, results[FINDING], at_most=10),
+        Limit(READING, results[READING], at_most=2),
+    ]
+    rows = [{"what": name, "value": value} for name, value in results.items()]
+    publish({"Data": rows}, limits, json_path=options.json)
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--megabytes", type=int, default=40, help="size of the corpus")
     parser.add_argument("--num-proc", type=int, default=usable_cores(), help="processes; default: all cores")
-    parser.add_argument("--json", type=Path, help="also write the numbers there")
-    return parser.parse_args()
+    return options_of(parser)
 
 
 def measure(folder: Path, megabytes: int, num_proc: int) -> dict[str, float]:
@@ -58,7 +62,7 @@ def measure(folder: Path, megabytes: int, num_proc: int) -> dict[str, float]:
         "processes": num_proc,
         "tokens per byte": prepared.manifest.sources[0].train.tokens / num_bytes,
         "prepare, MB/s": megabytes_done / prepare_s,
-        "prepare, MB/s per process": megabytes_done / prepare_s / num_proc,
+        PREPARING: megabytes_done / prepare_s / num_proc,
         "prepare, MB per CPU second": megabytes_done / prepare_cpu_s,
         "prepare with num_proc 1 (threads), MB/s": megabytes_done / one_s,
         **reading(prepared, data),
@@ -101,7 +105,7 @@ def reading(prepared: PreparedData, data: DataSection) -> dict[str, float]:
         samples = prepared.samples(data.model_copy(update={"document_mask": document_mask}), seed=0)
         name = f"batch of 16 x 512{' with document_mask' if document_mask else ''}, ms"
         results[name] = 1e3 * seconds_each(lambda i, s=samples: s.__getitems__(range(16 * i, 16 * i + 16)), 300)
-    results["find sample 10**9, us"] = 1e6 * seconds_each(lambda i: samples.locate(10**9 + i), 20_000)
+    results[FINDING] = 1e6 * seconds_each(lambda i: samples.locate(10**9 + i), 20_000)
     return results
 
 
@@ -122,7 +126,7 @@ def share_of_a_step(prepared: PreparedData, data: DataSection, rounds: int = 5) 
         reading_s.append(read - began)
         training_s.append(time.perf_counter() - read)
     read_s, step_s = statistics.median(reading_s[1:]), statistics.median(training_s[1:])
-    return {"step of llama 9m on 16 x 512, ms": 1e3 * step_s, "reading, % of that step": 100 * read_s / step_s}
+    return {"step of llama 9m on 16 x 512, ms": 1e3 * step_s, READING: 100 * read_s / step_s}
 
 
 def seconds_each(call: Callable[[int], object], times: int) -> float:

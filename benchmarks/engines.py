@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tables import head, line
 
 ROOT = Path(__file__).parents[1]
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -45,10 +46,10 @@ def compare(folder: Path, precision: str) -> None:
     corpus = write_corpus(folder)
     for source in (*ENGINES, ALONE):
         launch(source, ["-m", "relora", "train", str(written(settings(corpus, folder / source, precision)))])
-    print("| from \\ to | " + " | ".join((*ENGINES, ALONE)) + " |\n|" + "---|" * (len(ENGINES) + 2))
+    print(head(["from \\ to", *ENGINES, ALONE]))
     cells = {target: resumed(target, folder, corpus, precision) for target in (*ENGINES, ALONE)}
     for source in (*ENGINES, ALONE):
-        print(f"| {source} | " + " | ".join(cells[target][source] for target in (*ENGINES, ALONE)) + " |", flush=True)
+        print(line([source, *(cells[target][source] for target in (*ENGINES, ALONE))]), flush=True)
 
 
 def resumed(target: str, folder: Path, corpus: Path, precision: str) -> dict[str, str]:
@@ -85,13 +86,13 @@ def difference(run: Path, reference: Path) -> str:
 
 def print_traffic(folder: Path) -> None:
     """Bytes that rank 0 sends: counted in the warm start and in the low-rank stage, and at a restart."""
-    print("\n| engine | full-rank update | low-rank update | of full rank | restart |\n|---|---|---|---|---|")
+    print("\n" + head(["engine", "full-rank update", "low-rank update", "of full rank", "restart"]))
     for engine in ENGINES:
-        lines = [json.loads(line) for line in (folder / engine / "metrics.jsonl").read_text().splitlines()]
-        updates = {line["step"]: line["bytes_sent"] for line in lines if "loss" in line and "bytes_sent" in line}
-        restart = next(line["bytes_sent"] for line in lines if "restart" in line)
+        lines = [json.loads(text) for text in (folder / engine / "metrics.jsonl").read_text().splitlines()]
+        updates = {each["step"]: each["bytes_sent"] for each in lines if "loss" in each and "bytes_sent" in each}
+        restart = next(each["bytes_sent"] for each in lines if "restart" in each)
         full, low = updates[min(updates)], updates[max(updates)]
-        print(f"| {engine} | {full:,.0f} | {low:,.0f} | {low / full:.2f} | {restart:,.0f} |")
+        print(line([engine, f"{full:,.0f}", f"{low:,.0f}", f"{low / full:.2f}", f"{restart:,.0f}"]))
 
 
 def launch(engine: str, program: list[str]) -> None:

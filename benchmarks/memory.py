@@ -14,13 +14,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# Fixed thresholds: glibc would otherwise learn to keep ever larger blocks, and torch's freed tensors with them.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+import peaks
+from peaks import ALLOCATOR, MIB, Phase
+from tables import head, line
+
 LAUNCHES = {
     "fsdp2": {
         "ACCELERATE_USE_FSDP": "true",
@@ -29,7 +29,7 @@ LAUNCHES = {
     },
     "zero3": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
 }
-MIB = 2**20
+COLUMNS = ("engine", "rank", "phase", "level before", "level after", "peak over both", "one block")
 
 
 def main() -> None:
@@ -42,10 +42,10 @@ def main() -> None:
     if options.rank_program:
         measure(options.engines[0], options.hidden_size, options.layers)
         return
-    print("| engine | rank | phase | level before | level after | peak over both | one block |\n" + "|---" * 7 + "|")
+    print(head(COLUMNS))
     for engine in options.engines:
-        for line in launched(engine, options):
-            print(line, flush=True)
+        for row in launched(engine, options):
+            print(row, flush=True)
 
 
 def launched(engine: str, options: argparse.Namespace) -> list[str]:
@@ -61,27 +61,7 @@ def launched(engine: str, options: argparse.Namespace) -> list[str]:
         check=True,
         timeout=1200,
     )
-    return sorted(line for line in result.stdout.splitlines() if line.startswith("| "))
-
-
-def resident() -> int:
-    return _status("VmRSS")
-
-
-def _status(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
-
-
-@contextmanager
-def phase(name: str, table: list[tuple[str, int, int, int]]) -> Iterator[None]:
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    before = resident()
-    yield
-    peak = _status("VmHWM")
-    gc.collect()
-    table.append((name, before, resident(), peak))
+    return sorted(row for row in result.stdout.splitlines() if row.startswith("| "))
 
 
 def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
@@ -97,7 +77,7 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
     from relora.stages import Stage, build, switch
 
     config = check(settings(hidden_size, num_layers))
-    hf_config, engine, table = load_hf_config(config.model), connect(config), list[tuple[str, int, int, int]]()
+    hf_config, engine, table = load_hf_config(config.model), connect(config), dict[str, Phase]()
     full, low = Stage("warm_start", 2), Stage("relora", 10)
     how: dict[str, Any] = {"config": config, "hf_config": hf_config, "engine": engine}
     ids = torch.randint(1000, (1, 64), generator=torch.Generator().manual_seed(engine.processes.rank))
@@ -106,31 +86,31 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
     checkpoints = Checkpoints(folder, limit=None, writes=engine.processes.rank == 0)
     about = {"fingerprint": "", "data": ""}
 
-    with phase("build the warm start", table):
+    with peaks.phase() as table["build the warm start"]:
         live = build(full, State(), **how)
     block = sum(engine.store.shape(p).numel() * 4 for p in live.model.model.layers[0].parameters())
     update(engine, live, batch)
-    with phase("update, full rank", table):
+    with peaks.phase() as table["update, full rank"]:
         update(engine, live, batch)
-    with phase("save, full rank", table):
+    with peaks.phase() as table["save, full rank"]:
         checkpoints.save(live, engine, Clock(1, 1), stage="warm_start", cycle=0, about=about)
-    with phase("switch to low rank", table):
+    with peaks.phase() as table["switch to low rank"]:
         state = switch(live, engine, Clock(2, 2))
         del live
         live = build(low, state, **how)
         del state
     update(engine, live, batch)
-    with phase("update, low rank", table):
+    with peaks.phase() as table["update, low rank"]:
         update(engine, live, batch)
-    with phase("restart", table):
+    with peaks.phase() as table["restart"]:
         engine.restart(live, seed=0, index=1)
-    with phase("save, low rank", table):
+    with peaks.phase() as table["save, low rank"]:
         checkpoints.save(live, engine, Clock(3, 3), stage="relora", cycle=1, about=about)
     engine.processes.barrier()
     engine.release(live)
     del live
     gc.collect()
-    with phase("resume, low rank", table):
+    with peaks.phase() as table["resume, low rank"]:
         resumed = build(low, open_checkpoint(complete_checkpoints(folder)[-1]), **how)
     del resumed
     report(engine_name, engine.processes.rank, table, block)
@@ -149,10 +129,10 @@ def from_first(text: str) -> str:
     return texts[0]
 
 
-def report(engine: str, rank: int, table: list[tuple[str, int, int, int]], block: int) -> None:
-    for number, (name, before, after, peak) in enumerate(table, start=1):
-        row = [f"{value / MIB:.0f} MiB" for value in (before, after, max(0, peak - max(before, after)), block)]
-        print(f"| {engine} | {rank} | {number}. {name} | " + " | ".join(row) + " |", flush=True)
+def report(engine: str, rank: int, table: dict[str, Phase], block: int) -> None:
+    for number, (name, phase) in enumerate(table.items(), start=1):
+        sizes = [f"{value / MIB:.0f} MiB" for value in (phase.before, phase.after, phase.over, block)]
+        print(line([engine, str(rank), f"{number}. {name}", *sizes]), flush=True)
 
 
 def settings(hidden_size: int, num_layers: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from relora.files import write_json
 from relora.finish import finish, is_finished
 from relora.job import Job, newest_state, open_job
 from relora.loop import Loop
-from relora.method.census import census
+from relora.method.census import census, routes_told
 from relora.model import attention_problems, num_label_tokens
 from relora.runtime.checkpoint import Checkpoints, write_stage_start
 from relora.runtime.engines import Engine, Live, Processes, connect, is_first
@@ -172,7 +172,7 @@ def _begin(stage: Stage, live: Live, *, is_new: bool, job: Job, kept: Kept) -> A
     engine, folder = kept.engine, job.folder
     counted = census(live.model, engine.store.shape)
     is_first_rank = engine.processes.rank == 0
-    kept.tracker.say(f"{_title(stage)}\n{counted.table()}")
+    kept.tracker.say(f"{_title(stage)}\n{counted.table()}{_routes(live, job.config) if stage.is_low_rank else ''}")
     if is_first_rank:
         write_json(folder.path / f"census_{stage.name}.json", counted.as_dict())
     if stage.is_low_rank and is_new:
@@ -241,6 +241,12 @@ def _open_folder(job: Job, engine: Engine, state: State) -> None:
     job.data.tokenizer().save_pretrained(job.folder.tokenizer)
     if not is_finished(job):
         job.folder.write_status("running", step=state.clock.step)
+
+
+def _routes(live: Live, config: Config) -> str:
+    dtype = torch.bfloat16 if config.training.mixed_precision == "bf16" else torch.float32
+    num_tokens = config.training.per_device_batch_size * config.data.sequence_length
+    return "\n" + routes_told(live.model, num_tokens, dtype)
 
 
 def _title(stage: Stage) -> str:

@@ -1,6 +1,7 @@
 """Who is who among the parameters of a model: wrapped, factors, trained in full, frozen."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -89,6 +90,17 @@ def census(model: nn.Module, shape: Shape = lambda p: p.shape) -> Census:
         wrapped_layers={name: _shape(layer) for name, layer in layers.items()},
         frozen_names=list(frozen),
     )
+
+
+def routes_told(model: nn.Module, num_tokens: int, dtype: torch.dtype) -> str:
+    """Which way the wrapped layers compute a training pass over so many tokens in `dtype`, for people."""
+    layers = lora_layers(model).values()
+    chosen = Counter(layer.route(num_tokens, dtype) for layer in layers)
+    words = [f"{route} in {count} layers" for route, count in chosen.most_common()]
+    if any(layer.kept is not None for layer in layers):
+        keep = all(layer.keeps_merged for layer in layers)
+        words.append(f"W + delta is {'kept' if keep else 'not kept, as W is spread over the processes'}")
+    return f"  forward: {', '.join(words)}"
 
 
 def _stored(layer: LoRALinear) -> tuple[int, int]:

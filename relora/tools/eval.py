@@ -1,5 +1,7 @@
 """`relora eval RUN_OR_MODEL`: held-out loss and perplexity."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -13,9 +15,31 @@ from relora.runtime.evaluate import perplexity, summed_losses
 from relora.tools.models import load, run_of
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class HeldOut:
+    """Mean loss over `num_tokens` held-out tokens, and their unigram entropy, in nats."""
+
+    loss: float
+    num_tokens: int
+    unigram_entropy: float
+
+
 def evaluate(run_or_model: str, config: Config | None) -> None:
     """Print the loss of a model on the held-out text of its run, or on that of `config`.
+
+    Raises:
+        UserError: as `held_out`.
+    """
+    found = held_out(run_or_model, config)
+    print(
+        f"held-out loss {found.loss:.4f} nats, perplexity {perplexity(found.loss):.2f}, over {found.num_tokens:,} "
+        f"tokens (their unigram entropy is {found.unigram_entropy:.4f})"
+    )
+
+
+@torch.no_grad()
+def held_out(run_or_model: str, config: Config | None = None) -> HeldOut:
+    """The loss of a model on the held-out text of its run, or on that of `config`.
 
     Raises:
         UserError: the model belongs to no run and no configuration says what to evaluate on.
@@ -42,11 +66,7 @@ def evaluate(run_or_model: str, config: Config | None) -> None:
             return token_losses(model, on_device)
 
     loss, labels = summed_losses(losses, eval_batches(data, settings.data, batch_size=batch_size))
-    entropy = unigram_entropy(data, settings.data)
-    print(
-        f"held-out loss {loss / labels:.4f} nats, perplexity {perplexity(loss / labels):.2f}, over {labels:,} tokens "
-        f"(their unigram entropy is {entropy:.4f})"
-    )
+    return HeldOut(loss / labels, labels, unigram_entropy(data, settings.data))
 
 
 def _vocab_size(config: PretrainedConfig) -> int:
