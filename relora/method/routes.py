@@ -14,7 +14,7 @@ Route = Literal["merged", "factored"]
 Forward = Literal["auto", "merged", "factored"]
 
 # What a FLOP in fp32 costs beside one in bf16 or fp16, where W + delta is formed. CPU: measured with AVX512-BF16,
-# form and cast at d = 2048, r = 128 (1.5 to 3.5 on a busy machine). CUDA: about 16 on the data sheets of A100 and
+# form and cast at d = 1024 and 2048, r = 128 took 1.8 and 2.5. CUDA: about 16 on the data sheets of A100 and
 # H100 (tensor cores against fp32 units); not measured.
 FORM_COST = {"cpu": 2.0, "cuda": 16.0}
 

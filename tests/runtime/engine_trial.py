@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora import LoRAConfig, build_optimizer, inject_lora, restart
+from relora.method.kept import KeptWeight
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.method.store import Part
@@ -35,7 +36,8 @@ from tests.tiny import MODEL, config
 BETA1, CLIP, RANKS, MICRO_BATCHES = 0.9, 1.0, 2, 2
 IN_FULL, BEFORE_RESTART, AFTER_RESTART = (0, 1), (2, 3, 4), (5, 6, 7)  # numbers of updates
 BAD = 9  # the update that is not to be made
-LORA = LoRAConfig(r=4, lora_alpha=8, modules_to_save="rest")
+# Where parameters are sharded, W + delta is not kept, whatever is asked for.
+LORA = LoRAConfig(r=4, lora_alpha=8, modules_to_save="rest", forward="merged", keep_merged=True)
 Tensors = dict[str, Tensor]
 
 
@@ -350,7 +352,9 @@ def bf16(start: Tensors) -> dict[str, Any]:
     """Gradients of one update in bf16, out of the first moments; and in which dtype everything is held."""
     engine = join(mixed_precision="bf16", max_grad_norm=None)
     live = begin(engine, low_rank=True, values=start)
-    updates(engine, live, (0,))
+    with patch.object(KeptWeight, "of", autospec=True, side_effect=KeptWeight.of) as kept:
+        updates(engine, live, (0,))
+    together = any(layer.siblings is not None for layer in lora_layers(live.model).values())
     of_engine, held = {}, set()
     for name, p in named_parameters(live.model).items():
         held |= {str(part.values.dtype) for part in engine.store.copies(p).values()}
@@ -358,15 +362,22 @@ def bf16(start: Tensors) -> dict[str, Any]:
             held |= {str(slot.dtype) for slot in engine.store.slots(live.optimizer, p).values()}
             of_engine[name] = moments_of(engine, live, p)["exp_avg"] / (1 - BETA1)
     engine.release(live)
-    return gradient_errors(start, of_engine) | {"dtypes": sorted(held)}
+    errors = gradient_errors(start, of_engine, together=together)
+    return errors | {"dtypes": sorted(held), "together": together, "num_kept": kept.call_count}
 
 
-def gradient_errors(start: Tensors, of_engine: Tensors) -> dict[str, float]:
+def gradient_errors(start: Tensors, of_engine: Tensors, *, together: bool) -> dict[str, float]:
     """The engine's gradients against each rank's own in autocast, summed in fp32; and those rounded to bf16.
 
     Relative to the largest entry of each tensor.
+
+    Args:
+        together: q, k and v are computed by one call, which rounds the gradient of their x in another order.
     """
     model = plain_model(low_rank=True)
+    for layer in lora_layers(model).values():
+        if layer.siblings is not None and not together:
+            layer.siblings.leave()
     for name, p in named_parameters(model).items():
         p.data.copy_(start[name])
     by_rank = []

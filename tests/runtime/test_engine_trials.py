@@ -133,6 +133,12 @@ def test_a_wrong_part_would_be_seen(trials: Callable[[str], Told]) -> None:
             assert line["off"] > WRONG
 
 
+def test_only_where_parameters_are_whole_is_more_than_one_layer_in_memory(engine: str, told: Told) -> None:
+    for line in both(told, "bf16"):
+        assert line["together"] == (not engine.startswith("zero3"))  # it gathers one layer at a time
+        assert (line["num_kept"] > 0) == (engine == "ddp")  # W + delta
+
+
 def test_bf16_keeps_float32_where_it_counts(told: Told) -> None:
     for line in both(told, "bf16"):
         assert line["dtypes"] == ["torch.float32"]
