@@ -35,7 +35,7 @@ def place_masters(model: nn.Module, engine: Engine, *, folder: Path | None) -> N
         if layer.master is not None:
             start, numel = _share(engine, layer)
             is_shared = engine.processes.world_size > 1 and not engine.is_apart
-            layer.master = Part(_memory(numel, folder), start, is_shared=is_shared)
+            layer.master = Part(memory_of(numel, folder), start, is_shared=is_shared)
 
 
 @contextmanager
@@ -71,7 +71,8 @@ def _share(engine: Engine, layer: LoRALinear) -> tuple[int, int]:
     return start, min(size, numel - start)
 
 
-def _memory(numel: int, folder: Path | None) -> Tensor:
+def memory_of(numel: int, folder: Path | None) -> Tensor:
+    """float32 numbers without values, in memory or mapped from a file in `folder` that has no name any more."""
     if folder is None or numel == 0:
         return torch.empty(numel, dtype=torch.float32)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """Frozen weights that are stored on a coarser grid lose nothing of what is merged: runs, resumes, engines."""
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from relora.config import check
+from relora.runtime.masters import memory_of
 from relora.train import train
 from tests.runtime.test_engines import END, HARD, Run, launched
 from tests.runtime.test_resume import assert_same, stopped
@@ -67,3 +70,20 @@ def test_engines_train_the_same_model(
     ours, theirs = runs(kind).final(), launched(engine, tree, tmp_path).ended_well().final()
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, atol=TOLERANCE[kind], rtol=0)
+
+
+def test_a_master_on_disk_leaves_nothing_there(tmp_path: Path) -> None:
+    numbers = memory_of(1000, tmp_path / "run")
+    numbers.copy_(torch.arange(1000.0))
+    assert numbers[-1] == 999
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_a_disk_without_room_is_told_before_anything_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        memory_of(1000, tmp_path)
+    assert list(tmp_path.iterdir()) == []
