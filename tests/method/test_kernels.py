@@ -76,9 +76,10 @@ def test_gradients_are_those_of_finite_differences(
 
 
 @every_route
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
 @pytest.mark.parametrize("asked", ["x", "lora_A", "lora_B", "bias", "weight"])
-def test_any_gradient_can_be_asked_for_alone(route: Any, asked: str) -> None:
-    layer, x = layer_of(route).double(), torch.randn(3, D_IN, dtype=torch.float64)
+def test_any_gradient_can_be_asked_for_alone(route: Any, kind: str, asked: str) -> None:
+    layer, x = layer_of(route, kind).double(), torch.randn(3, D_IN, dtype=torch.float64)
     layer.requires_grad_(False)
     (x if asked == "x" else layer.get_parameter(asked)).requires_grad_(True)
     ours, theirs = (gradients(f, x, layer) for f in (layer, lambda x: reference(layer, x)))
@@ -245,8 +246,9 @@ def test_small_updates_are_not_lost(base: Any, route: Any, autocast: bool, size:
 
 
 @every_route
-def test_nor_are_they_in_a_conv1d(route: Any) -> None:
-    assert gain(wide_layer(route, "conv1d"), GAINS[0], autocast=True) == pytest.approx(1, abs=0.02)
+@pytest.mark.parametrize("kind", ["conv1d", "without bias"])
+def test_nor_are_they_in_other_layers(route: Any, kind: str) -> None:
+    assert gain(wide_layer(route, kind), GAINS[0], autocast=True) == pytest.approx(1, abs=0.02)
 
 
 def test_merged_into_a_bfloat16_weight_they_are_lost() -> None:
