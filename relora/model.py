@@ -112,7 +112,7 @@ def _trainable_by_us(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def token_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """Sum of the cross-entropies of the label tokens of a batch, in nats, float32.
+    """Sum of the cross-entropies of the label tokens of a batch, in nats, in at least float32.
 
     Args:
         batch: input_ids and labels (batch, sequence), labels unshifted and -100 where nothing is learned, as in
