@@ -70,6 +70,9 @@ options=(--nnodes "$NNODES" --nproc_per_node "$NPROC_PER_NODE")
 if [[ $rdzv == c10d ]]; then
     options+=(--rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv_id "${RDZV_ID:-relora}")
     options+=(--max_restarts "${MAX_RESTARTS:-3}")
+    # Else a launcher that has lived through a restart tells one that joins anew no address of the store it keeps for the
+    # processes, and both give up after a minute (torch 2.13, dynamic_rendezvous.py, next_rendezvous).
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 else
     options+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
 fi

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from relora.config.derived import Plan
 from relora.data import PreparedData, eval_batches, probe_batch
-from relora.method.lora import lora_delta, lora_layers
+from relora.method.lora import factor_names, lora_delta, lora_layers
+from relora.method.names import named_parameters
 from relora.runtime.checkpoint import Checkpoints
 from relora.runtime.engines import Engine, Live
 from relora.runtime.evaluate import held_out_loss, perplexity
@@ -184,12 +185,13 @@ class Arrival:
 
 
 def checksum(model: nn.Module, engine: Engine) -> str:
-    """Sums of A, and of W where every rank holds it whole, in float64: the same on all ranks after a restart."""
-    sums, store = [], engine.store
-    for layer in lora_layers(model).values():
-        [W] = store.copies(layer.weight).values()
-        if not W.is_shared:
-            sums.append(W.values.sum(dtype=torch.float64))
-        if not engine.is_apart:
-            sums.append(store.read(layer.lora_A).sum(dtype=torch.float64))
-    return str([value.item() for value in sums])
+    """Sums in float64 of all parameters of which every rank holds a copy of its own: the same on all after a restart.
+
+    A shared parameter has no second copy that could differ, nor have the factors of ranks that train apart.
+    """
+    alone, sums = factor_names(model) if engine.is_apart else set(), {}
+    for name, parameter in named_parameters(model).items():
+        shown = next(iter(engine.store.copies(parameter).values()))
+        if name not in alone and not shown.is_shared:
+            sums[name] = shown.values.sum(dtype=torch.float64).item()
+    return str(sums)

@@ -110,7 +110,7 @@ def reset_state(
         (entries that are zero afterwards, entries), read back and summed over the moments.
 
     Raises:
-        RuntimeError: `zero` reads back moments or a step count that are not.
+        RuntimeError: `zero` reads back moments or a step count that are not, or a pruned entry is still there.
     """
     pruned = {
         "zero": lambda values: torch.ones_like(values, dtype=torch.bool),
@@ -129,6 +129,8 @@ def reset_state(
     num_zero, num_entries = sum(int((values == 0).sum()) for values in after), sum(values.numel() for values in after)
     if mode == "zero" and (num_zero < num_entries or store.step(optimizer, parameter) != 0):
         raise RuntimeError(f"a reset of {num_entries} moments reads back with {num_entries - num_zero} that are not 0")
+    if mode != "keep" and any(values[mask].any() for values in after):
+        raise RuntimeError(f"pruned entries of {num_entries} moments read back as what they were")
     return num_zero, num_entries
 
 

@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
@@ -22,6 +23,7 @@ from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora import LoRAConfig, build_optimizer, inject_lora, restart
+from relora.arrival import checksum
 from relora.method.kept import KeptWeight
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
@@ -36,6 +38,7 @@ from tests.tiny import MODEL, config
 BETA1, CLIP, RANKS, MICRO_BATCHES = 0.9, 1.0, 2, 2
 IN_FULL, BEFORE_RESTART, AFTER_RESTART = (0, 1), (2, 3, 4), (5, 6, 7)  # numbers of updates
 BAD = 9  # the update that is not to be made
+PRUNINGS = ("keep", "magnitude", "random")
 # Where parameters are sharded, W + delta is not kept, whatever is asked for.
 LORA = LoRAConfig(r=4, lora_alpha=8, modules_to_save="rest", forward="merged", keep_merged=True)
 Tensors = dict[str, Tensor]
@@ -57,16 +60,24 @@ def main() -> None:
     updates(engine, live, BEFORE_RESTART[1:])
     tell("after bad", off=largest_difference(weights_of(engine, live), expected["before restart"]))
 
-    before = snapshot(engine, live)
-    restart_and_go_on(engine, live)
+    before, logits = snapshot(engine, live), logits_of(engine, live)
+    engine.restart(live, seed=0, index=1)
+    tell("logits", off=(logits_of(engine, live) - logits).abs().max().item())
+    updates(engine, live, AFTER_RESTART)
     end = weights_of(engine, live)
     tell("restart", off=largest_difference(end, expected["end"]), least_moved=least_moved(end, expected["switch"]))
+    for mode in PRUNINGS:
+        put_back(engine, live, before)
+        restart_and_go_on(engine, live, optimizer_reset=mode)
+        tell(f"reset {mode}", off=largest_difference(weights_of(engine, live), expected[mode]))
     for name, control in controls(engine, live).items():
         put_back(engine, live, before)
         tell(f"control {name}", **outcome(engine, live, control, expected["end"]))
+    tell("checksum", **checksums(engine, live))
 
     engine.release(live)
-    tell("bf16", **bf16(expected["before restart"]))
+    with patch("relora.runtime.engines.Processes", return_value=engine.processes):  # they have joined already
+        tell("bf16", **bf16(expected["before restart"]))
     engine.processes.close()
 
 
@@ -131,8 +142,12 @@ def reference() -> dict[str, Tensors]:
     optimizer = optimizer_of(model)
     go_on((), "switch")
     go_on(BEFORE_RESTART, "before restart")
-    restart(model, optimizer, seed=0, index=1)
-    go_on(AFTER_RESTART, "end")
+    before = deepcopy((model.state_dict(), optimizer.state_dict()))
+    for until, mode in (("end", "zero"), *zip(PRUNINGS, PRUNINGS, strict=True)):
+        model.load_state_dict(before[0])
+        optimizer.load_state_dict(deepcopy(before[1]))
+        restart(model, optimizer, seed=0, index=1, optimizer_reset=mode)
+        go_on(AFTER_RESTART, until)
     return found
 
 
@@ -188,6 +203,12 @@ def put_back(engine: Engine, live: Live, saved: dict[str, Any]) -> None:
         engine.store.write_slot(live.optimizer, parameters[name], slot, values)
     for name, step in saved["steps"].items():
         engine.store.write_step(live.optimizer, parameters[name], step)
+
+
+def logits_of(engine: Engine, live: Live) -> Tensor:
+    with engine.inference(live):
+        logits: Tensor = live.model(input_ids=micro_batches(0, rank=0)[0]["input_ids"]).logits
+    return logits
 
 
 def largest_difference(ours: Tensors, theirs: Tensors) -> float:
@@ -286,10 +307,10 @@ def controls(engine: Engine, live: Live) -> dict[str, Callable[[], None]]:
     [layer, *_] = lora_layers(live.model).values()
     names = [*store.copies(layer.lora_A)]
 
-    def wrong(method: str, instead: Callable[..., Any]) -> Callable[[], None]:
+    def wrong(method: str, instead: Callable[..., Any], **how: Any) -> Callable[[], None]:
         def go() -> None:
             with patch.object(store, method, instead):
-                engine.restart(live, seed=0, index=1)
+                engine.restart(live, seed=0, index=1, **how)
             updates(engine, live, AFTER_RESTART)
 
         return go
@@ -299,6 +320,7 @@ def controls(engine: Engine, live: Live) -> dict[str, Callable[[], None]]:
         "moments kept": lambda: restart_and_go_on(engine, live, optimizer_reset="keep"),
         "moments not written": wrong("write_slot", Mock()),
         "step not written": wrong("write_step", Mock()),
+        "pruning not written": wrong("write_slot", Mock(), optimizer_reset="random"),
     }
     found |= {f"stale {name}": wrong("write", stale(store, name)) for name in names}
     if len(names) > 1:
@@ -346,6 +368,23 @@ def outcome(engine: Engine, live: Live, control: Callable[[], None], expected: T
     except RuntimeError as error:
         return {"raised": str(error), "off": None}
     return {"raised": None, "off": largest_difference(weights_of(engine, live), expected)}
+
+
+def checksums(engine: Engine, live: Live) -> dict[str, bool]:
+    """Whether the ranks agree, and whether they still do when rank 1 alone changes a parameter of each kind."""
+    parameters, same_everywhere = named_parameters(live.model), engine.processes.same_everywhere
+
+    def agree_with(name: str) -> bool:
+        shown = next(iter(engine.store.copies(parameters[name]).values())).values
+        shown.view(-1)[:1] += engine.processes.rank
+        agreed = same_everywhere(checksum(live.model, engine))
+        shown.view(-1)[:1] -= engine.processes.rank
+        return agreed
+
+    layer = "model.layers.1.mlp.up_proj"
+    names = {"W": f"{layer}.weight", "A": f"{layer}.lora_A", "B": f"{layer}.lora_B", "norm": "model.norm.weight"}
+    unchanged = same_everywhere(checksum(live.model, engine))
+    return {"unchanged": unchanged} | {kind: agree_with(name) for kind, name in names.items()}
 
 
 def bf16(start: Tensors) -> dict[str, Any]:

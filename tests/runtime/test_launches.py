@@ -11,13 +11,15 @@ import pytest
 import torch.distributed.run
 import yaml
 from accelerate.commands.launch import launch_command, launch_command_parser
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora.config import UserError, check
 from relora.job import open_job
 from relora.runtime.engines.launches import launched_engine
+from relora.runtime.engines.options import fsdp_options
 from tests.launches import LAUNCHER, written
 from tests.processes import ROOT, run
-from tests.tiny import settings
+from tests.tiny import MODEL, settings
 
 CPU_OF_MPI = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_CPU", "num_processes": 2}
 TWO = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
@@ -164,11 +166,10 @@ def multi_cpu(folder: Path) -> list[str]:
     return ["--config_file", str(path)]
 
 
-def real(launch: list[str], config: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def dry_run(launcher: list[str], config: Path, *overrides: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The launch itself, up to the first forward pass."""
     variables = [f"{name}={value}" for name, value in environment.items()]
-    command = [*LAUNCHER, *launch, "-m", "relora", "train", str(config), "--dry-run", *overrides]
-    return run(["env", *variables, *command])
+    return run(["env", *variables, *launcher, "-m", "relora", "train", str(config), "--dry-run", *overrides])
 
 
 @pytest.fixture
@@ -180,28 +181,88 @@ def config(corpus: Path, tmp_path: Path) -> Path:
 
 
 def test_two_processes_that_are_one_say_so(config: Path) -> None:
-    result = real(["--cpu", "--num_processes", "2"], config)
+    result = dry_run([*LAUNCHER, "--cpu", "--num_processes", "2"], config)
     assert "engine one process, world size 1, device cpu" in result.stdout.splitlines()[0]
     assert result.returncode == 0
 
 
 def test_two_processes_that_are_one_are_refused_where_the_number_is_asked_for(config: Path, tmp_path: Path) -> None:
-    result = real(multi_cpu(tmp_path), config, "training.num_processes=2")
+    result = dry_run([*LAUNCHER, *multi_cpu(tmp_path)], config, "training.num_processes=2")
     assert result.returncode != 0
     assert "training.num_processes = 2: the launcher started 1" in result.stderr
     assert "relora 0" not in result.stdout
 
 
-# Under accelerate itself these would be two models that know nothing of each other, and DDP in place of ZeRO.
+def test_the_option_that_does_not_exist_starts_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        launch_command_parser().parse_args(["--use_cpu", "-m", "relora"])
+    assert "--use_cpu" in capsys.readouterr().err
 
 
-def test_a_gpu_launch_without_gpus_is_two_processes_on_the_cpu(config: Path) -> None:
-    result = real(["--multi_gpu", *TWO], config)
-    assert "engine DDP (gloo), world size 2, device cpu" in result.stdout.splitlines()[0]
+# Under accelerate itself some of these would be two models that know nothing of each other, or DDP in place of FSDP2
+# and ZeRO: where it is `told`, a variable of its own says that the launch is of CPUs. relora sees that for itself.
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+OF_TWO = {
+    "options": ([*LAUNCHER, "--multi_gpu", *TWO], False, "DDP (gloo)"),
+    "options, told": ([*LAUNCHER, "--multi_gpu", *TWO], True, "DDP (gloo)"),
+    "file, told": ([*LAUNCHER, *file("ddp_cpu")], True, "DDP (gloo)"),
+    "torchrun, told": (TORCHRUN, True, "DDP (gloo)"),
+    "fsdp2, told": ([*LAUNCHER, *file("fsdp2_cpu")], True, "FSDP2 (gloo)"),
+    "zero3, told": ([*LAUNCHER, *file("zero3_cpu")], True, "DeepSpeed ZeRO-3 (gloo)"),
+}
 
 
-def test_deepspeed_stays_deepspeed_where_accelerate_is_told_of_the_cpu(config: Path) -> None:
-    result = real(file("zero3_cpu"), config, ACCELERATE_USE_CPU="true")
-    assert "engine DeepSpeed ZeRO-3 (gloo), world size 2, device cpu" in result.stdout
+@pytest.mark.parametrize("name", OF_TWO)
+def test_two_processes_on_the_cpu_are_what_they_are_called(name: str, config: Path) -> None:
+    launcher, told, engine = OF_TWO[name]
+    variables = {"ACCELERATE_USE_CPU": "true"} if told else {}
+    result = dry_run(launcher, config, **variables)
+    assert f"engine {engine}, world size 2, device cpu" in result.stdout, result.stderr[-3000:]
+    assert result.returncode == 0
     # Of 21 tensors, whole: ZeRO-3 leaves the model none of its own.
     assert "trained in full                               21 tensors         36,768 parameters" in result.stdout
+
+
+FSDP = ["--use_fsdp", "--fsdp_version", "2", *TWO]
+
+
+def llama(num_layers: int) -> LlamaForCausalLM:
+    with torch.device("meta"):
+        shape = {key: value for key, value in MODEL.items() if key not in ("model_type", "num_hidden_layers")}
+        return LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=num_layers))
+
+
+@pytest.mark.parametrize(
+    ("options", "units"),
+    [
+        (file("fsdp2_cpu"), ["LlamaDecoderLayer"] * 3),
+        (file("fsdp2_cpu", "--fsdp_transformer_layer_cls_to_wrap", "LlamaMLP"), ["LlamaMLP"] * 3),
+        ([*FSDP, "--fsdp_auto_wrap_policy", "NO_WRAP"], []),
+        (
+            [*FSDP, "--fsdp_auto_wrap_policy", "SIZE_BASED_WRAP", "--fsdp_min_num_params", "4000"],
+            ["Embedding", *["LlamaAttention", "LlamaMLP"] * 3, "Linear"],
+        ),
+    ],
+    ids=["blocks", "named", "none", "size"],
+)
+def test_fsdp_units_are_those_that_the_launcher_asks_for(
+    options: list[str], units: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_rank_0_of(options, monkeypatch)
+    found = fsdp_options().units(llama(num_layers=3))
+    assert sorted(type(unit).__name__ for unit in found) == sorted(units)
+
+
+def test_fsdp_names_the_blocks_that_there_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_rank_0_of(file("fsdp2_cpu", "--fsdp_transformer_layer_cls_to_wrap", "GPT2Block"), monkeypatch)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no module of class GPT2Block"):
+        fsdp_options().units(llama(num_layers=1))
+
+
+def test_fsdp_options_are_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = "reshard_after_forward", "offload_params", "activation_checkpointing"
+    for value in ("true", "false"):
+        as_rank_0_of(file("fsdp2_cpu", *(word for name in chosen for word in (f"--fsdp_{name}", value))), monkeypatch)
+        options = fsdp_options()
+        found = options.reshard_after_forward, options.cpu_offload, options.activation_checkpointing
+        assert set(found) == {value == "true"}

@@ -29,7 +29,7 @@ class FSDPOptions:
     one_unit: bool
 
     def units(self, model: nn.Module) -> list[nn.Module]:
-        """The modules of `model` that are gathered one at a time, none within another, the innermost first.
+        """The modules of `model` that are gathered one at a time, without units within them, the innermost first.
 
         Raises:
             ValueError: there are none.
