@@ -48,7 +48,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if function.name() != "aten::_local_scalar_dense":
                 raise
             return 0.0 if args[0].is_floating_point() else 0
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
+        made = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if sum(self._is_new(tensor) for tensor in made):
             self.history.append((self.now, self.gradients))
         return result
