@@ -5,9 +5,9 @@
 
 Each measurement is a process of its own that trains three updates, on random tokens, through the engine of a run. What
 is measured is its largest resident size over the level after imports; a tiny model has made an update by then, so that
-what libraries load at their first use (code, thread stacks, scratch space) is part of that level. The plan counts tensors.
-An allocator adds to them what it keeps for later: the target is held with one that gives freed memory back; what glibc's
-makes of the same run by default stands beside it.
+what libraries load at their first use (code, thread stacks, scratch space) is part of that level. The plan counts
+tensors. An allocator adds what it keeps for later: the target is held with one that gives freed memory back; what
+glibc's makes of the same run by default stands beside it.
 """
 
 import argparse
@@ -40,7 +40,9 @@ def main() -> None:
     if options.measure:
         measure(options.measure[0], options.measure[1:])
         return
-    print("| model | precision | stage | plan | measured | plan / measured | with glibc's defaults |\n" + "|---" * 7 + "|")
+    print(
+        "| model | precision | stage | plan | measured | plan / measured | with glibc's defaults |\n" + "|---" * 7 + "|"
+    )
     rows = [
         row(model, precision, stage, options.repeats)
         for model in options.models
@@ -61,7 +63,10 @@ def row(model: str, precision: str, stage: str, repeats: int) -> dict[str, str |
     default = statistics.median(run(stage, overrides, {}) for _ in range(repeats))
     cells = [f"{value / MIB:,.1f} MiB" for value in (planned, measured)]
     ratio = planned / measured
-    print(f"| {model} | {precision} | {stage} | {' | '.join(cells)} | {ratio:.3f} | {default / MIB:,.1f} MiB |", flush=True)
+    print(
+        f"| {model} | {precision} | {stage} | {' | '.join(cells)} | {ratio:.3f} | {default / MIB:,.1f} MiB |",
+        flush=True,
+    )
     return {
         "model": model,
         "precision": precision,
