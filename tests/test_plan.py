@@ -61,10 +61,7 @@ def test_a_rehearsal_takes_what_real_tensors_take(
     monkeypatch.setattr(rehearsal, "FakeTensorMode", nullcontext)
     monkeypatch.setattr(rehearsal, "empty_model", lambda section, hf: build_model(section, hf, seed=0))
     real = rehearse(stage, config, hf_config, batch_size=4)
-    # Of tensors without values transformers cannot tell that there is but one document: it makes a mask, bool and float.
-    mask = 0 if config.data.document_mask else 5 * 4 * config.data.sequence_length**2
-    for one, other in zip(summary(faked), summary(real), strict=True):
-        assert 0 <= one - other <= mask
+    assert summary(faked) == summary(real)
     assert (faked.merge > 0) == stage.is_low_rank
 
 

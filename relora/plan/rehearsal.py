@@ -5,15 +5,16 @@ model really keeps, whatever its architecture: autocast, checkpointing, masks an
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import cast
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from relora.config import Config, ModelSection
 from relora.method.lora import lora_layers
@@ -90,7 +91,8 @@ def rehearse(
         seen = _Seen(live, trained)
         level = live.now
         live.restart()
-        engine.update(trained, [fake_batch(config, batch_size)], seeds=[0], stop=False)
+        with rows_as_told(masked=config.data.document_mask):
+            engine.update(trained, [fake_batch(config, batch_size)], seeds=[0], stop=False)
         step, state = live.history, optimizer_state_bytes(trained.optimizer)
         merge = merge_temporaries(model, live)
     return Rehearsal(
@@ -100,6 +102,17 @@ def rehearse(
         optimizer_state=state,
         merge=merge,
     )
+
+
+@contextmanager
+def rows_as_told(*, masked: bool) -> Iterator[None]:
+    """Let transformers know whether rows hold several documents, which it would read from values.
+
+    Without values it takes them to, and makes a mask of batch x sequence^2 that each layer keeps a copy of.
+    """
+    told = nullcontext() if masked else patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None)
+    with told:
+        yield
 
 
 def fake_batch(config: Config, batch_size: int) -> dict[str, Tensor]:
