@@ -51,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=_train)
 
+    plan = _with_config(commands.add_parser("plan", help="what a run will need: memory, FLOPs, traffic"))
+    plan.add_argument("--engine", help="one, ddp, fsdp2, zero1, zero2 or zero3 (default: the launcher's)")
+    plan.add_argument("--processes", type=int, metavar="N", help="how many (default: the launcher's)")
+    plan.add_argument("--device-memory", type=float, metavar="GB", help="of one GPU, in GiB")
+    plan.add_argument("--json", metavar="FILE", help="write the numbers there too")
+    plan.set_defaults(run=_plan)
+
     evaluate = commands.add_parser("eval", help="held-out loss and perplexity")
     evaluate.add_argument("run_or_model", metavar="RUN_OR_MODEL")
     evaluate.add_argument("--config", help="what to evaluate a model on that belongs to no run")
@@ -100,6 +107,19 @@ def _train(options: argparse.Namespace) -> None:
     from relora.train import train
 
     train(config, dry_run=options.dry_run, extend=options.extend)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    config = _config(options)
+    from relora.tools.plan import plan
+
+    plan(
+        config,
+        engine=options.engine,
+        num_processes=options.processes,
+        device_gib=options.device_memory,
+        json_path=options.json,
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> None:

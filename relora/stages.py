@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 from torch.optim import Optimizer
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from relora.config import Config
 from relora.config.derived import Plan, lora_config
@@ -54,16 +54,8 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
     stage gives everything.
     """
     model = empty_model(config.model, hf_config)
-    if config.model.liger_kernel:
-        use_liger_kernels(model)
-    if stage.is_low_rank:
-        inject_lora(model, lora_config(config), seed=config.seed, reinit=config.relora.reinit, stream=engine.stream)
-    else:
-        freeze_untrained(model, config.training.trainable)
-    if config.model.gradient_checkpointing:
-        recompute_activations(model)
-    model.train()
-    live = engine.prepare(model, partial(_optimizer, config=config))
+    make_trainable(model, stage, config, stream=engine.stream)
+    live = engine.prepare(model, partial(optimizer_for, config=config))
     place_masters(live.model, engine, folder=Path(config.output_dir) if config.lora.master == "disk" else None)
     weights = first_weights(config, hf_config, engine.processes) if state.stage is None else state.weights
     load_weights(live.model, weights, engine.store, factors=state.stage == stage.name)
@@ -79,6 +71,19 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
     if not state.outer:
         engine.begin(live)
     return live
+
+
+def make_trainable(model: PreTrainedModel, stage: Stage, config: Config, *, stream: int = 0) -> None:
+    """Make a plain model, in place, the one that `stage` trains."""
+    if config.model.liger_kernel:
+        use_liger_kernels(model)
+    if stage.is_low_rank:
+        inject_lora(model, lora_config(config), seed=config.seed, reinit=config.relora.reinit, stream=stream)
+    else:
+        freeze_untrained(model, config.training.trainable)
+    if config.model.gradient_checkpointing:
+        recompute_activations(model)
+    model.train()
 
 
 def switch(live: Live, engine: Engine, clock: Clock) -> State:
@@ -116,7 +121,8 @@ def _draw_own(live: Live, cycle: int, config: Config, engine: Engine) -> None:
         engine.store.write(layer.lora_A, A)
 
 
-def _optimizer(model: nn.Module, config: Config) -> Optimizer:
+def optimizer_for(model: nn.Module, config: Config) -> Optimizer:
+    """The optimizer of the configuration over what `model` trains."""
     optim = config.optim
     return build_optimizer(
         model,

@@ -18,6 +18,7 @@ ORDER = (
     "arrival",
     "loop",
     "job",
+    "plan",
     "stages",
     "runtime",
     "model",

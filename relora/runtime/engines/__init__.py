@@ -5,7 +5,7 @@ from relora.method.outer import OuterOptimizer
 from relora.runtime.engines.apart import ApartEngine
 from relora.runtime.engines.base import Batch, Engine, Live, Update
 from relora.runtime.engines.deepspeed import DeepSpeedEngine
-from relora.runtime.engines.deepspeed_options import deepspeed_settings, wants_own_optimizer
+from relora.runtime.engines.deepspeed_options import deepspeed_settings, launched_zero_stage, wants_own_optimizer
 from relora.runtime.engines.fsdp2 import FSDP2Engine
 from relora.runtime.engines.launches import (
     check_world,
@@ -31,8 +31,10 @@ __all__ = [
     "is_first",
     "is_first_on_node",
     "launch_refusals",
+    "launched_engine",
     "launched_rank",
     "launched_world_size",
+    "launched_zero_stage",
 ]
 
 

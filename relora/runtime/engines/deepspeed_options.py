@@ -73,6 +73,11 @@ def deepspeed_settings(config: Config, world_size: int) -> dict[str, Any]:
     }
 
 
+def launched_zero_stage() -> int:
+    """The stage of ZeRO that the launcher asks for."""
+    return int(DeepSpeedPlugin().deepspeed_config["zero_optimization"]["stage"])
+
+
 def wants_own_optimizer() -> bool:
     """Whether the DeepSpeed configuration has a section for an optimizer of its own."""
     return "optimizer" in _without_auto(DeepSpeedPlugin().deepspeed_config)
