@@ -7,6 +7,7 @@ an exact fp32 master beside it.
 
 import importlib
 import importlib.util
+import logging
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -42,7 +43,7 @@ class Grid:
             problem = quantization_problem(self.name or "")
             if problem is not None:
                 raise ModuleNotFoundError(problem)
-            importlib.import_module("bitsandbytes")  # registers its operators, which torch.compile can trace
+            _load_bitsandbytes()
 
     @property
     def is_coded(self) -> bool:
@@ -108,6 +109,13 @@ def quantization_problem(name: str) -> str | None:
     if name not in (*_CODES_PER_BYTE, "adamw_8bit") or importlib.util.find_spec("bitsandbytes") is not None:
         return None
     return f"{name} needs bitsandbytes: {INSTALL}"
+
+
+def _load_bitsandbytes() -> None:
+    """Register its operators, which torch.compile can trace."""
+    # It warns of a kernel for products that nothing here calls.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    importlib.import_module("bitsandbytes")
 
 
 def _linear_map(device: torch.device) -> Tensor:

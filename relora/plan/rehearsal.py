@@ -134,9 +134,11 @@ def merge_temporaries(model: nn.Module, live: LiveBytes) -> int:
     largest = max(layers, key=lambda layer: layer.in_features * layer.out_features, default=None)
     if largest is None:
         return 0
+    store = TorchStore()
+    store.adopt([largest])
     live.restart()
     level = live.now
-    merge_layer(largest, TorchStore())
+    merge_layer(largest, store)
     return max(other for other, _ in live.history) - level
 
 
