@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from relora.config.derived import Plan
 from relora.data import PreparedData, eval_batches, probe_batch
-from relora.method.lora import factor_names, lora_delta, lora_layers
+from relora.method.delta import lora_delta
+from relora.method.lora import factor_names, lora_layers
 from relora.method.names import named_parameters
 from relora.runtime.checkpoint import Checkpoints
 from relora.runtime.engines import Engine, Live

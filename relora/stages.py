@@ -20,7 +20,8 @@ from relora.method.optimizer import build_optimizer
 from relora.method.reinit import draw_lora_A
 from relora.method.restart import begin_carried
 from relora.method.schedule import StageName
-from relora.method.store import Slot, Store
+from relora.method.slots import Slot
+from relora.method.store import Store
 from relora.model import empty_model, recompute_activations
 from relora.runtime.engines import Engine, Live
 from relora.runtime.masters import place_masters

@@ -5,8 +5,6 @@ B (d_out, r). The update is delta = scale * B @ A.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, cast, get_args
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from relora.method.base_weights import BaseDtype, Grid
+from relora.method.delta import lora_delta
 from relora.method.kept import KeptWeight, can_keep, mark_written_in_place
 from relora.method.kernels import project, project_dropped
 from relora.method.names import canonical
@@ -219,40 +218,8 @@ class LoRALinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, scale={self.scale:g}"
 
 
-def lora_delta(A: Tensor, B: Tensor, scale: float, *, transposed: bool, rows: slice = slice(None)) -> Tensor:
-    """The one place where the update is formed: scale * B @ A, in at least fp32 whatever surrounds the call.
-
-    Args:
-        A: (r, d_in).
-        B: (d_out, r).
-        rows: of the weight, for a process that holds only these.
-    """
-    if transposed:
-        A = A[:, rows]
-    else:
-        B = B[rows]
-    dtype = torch.promote_types(A.dtype, torch.float32)
-    with _full_precision(A.device.type):
-        delta = (B.to(dtype) @ A.to(dtype)).mul_(scale)
-    return delta.T if transposed else delta
-
-
 def _on_host(values: Tensor) -> Tensor:
     return values if values.is_meta else values.cpu()
-
-
-@contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    """Neither autocast nor TF32: either would round what is merged to 8 or 10 bits."""
-    # Not allow_tf32: reading it raises once anyone has set fp32_precision, and writing it back undoes "medium".
-    matmul = torch.backends.cuda.matmul
-    precision = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        matmul.fp32_precision = precision
 
 
 def is_conv1d(module: nn.Module) -> bool:

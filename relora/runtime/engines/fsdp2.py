@@ -14,7 +14,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from relora.method.store import Part, Slot, fresh_state, moments, set_step
+from relora.method.slots import Slot, fresh_state, moments, set_step
+from relora.method.store import Part
 from relora.model import recompute_activations
 from relora.runtime.engines.base import Live
 from relora.runtime.engines.options import FSDPOptions

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
-from relora.method.store import Part, PartStore, Slot, TorchStore
+from relora.method.slots import Slot
+from relora.method.store import Part, PartStore, TorchStore
 
 
 class SpreadStore(PartStore):

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora.method.store import Part, Slot, fresh_state, moments, set_step
+from relora.method.slots import Slot, fresh_state, moments, set_step
+from relora.method.store import Part
 from relora.runtime.engines.sharded import ShardedStore
 
 
