@@ -1,4 +1,7 @@
-"""Why launches are refused, in a few lines each: `python benchmarks/refusals.py fsdp1 | zero_bf16 | adamw_8bit`."""
+"""Why launches are refused, in a few lines each.
+
+python benchmarks/refusals.py fsdp1 | zero_bf16 | zero_0 | adamw_8bit
+"""
 
 import os
 import sys
@@ -42,6 +45,17 @@ def zero_bf16() -> None:
     print(f"{NUM_MERGES} merges of {RELATIVE_SIZE:.1%} of |W|: {lost:.0%} of what was merged is lost")
 
 
+def zero_0() -> None:
+    """What DeepSpeed makes of an optimizer without ZeRO."""
+    import deepspeed
+
+    layer = nn.Linear(8, 8)
+    given = torch.optim.AdamW(layer.parameters())
+    settings = {"train_batch_size": 1, "zero_optimization": {"stage": 0}}
+    _, optimizer, *_ = deepspeed.initialize(model=layer, optimizer=given, config=settings, dist_init_required=False)
+    print(f"the optimizer is the one it was given: {optimizer is given}")
+
+
 def adamw_8bit() -> None:
     """An update by bitsandbytes' 8-bit AdamW of a weight that FSDP2 has sharded."""
     from bitsandbytes.optim import AdamW8bit
@@ -60,5 +74,5 @@ def adamw_8bit() -> None:
 if __name__ == "__main__":
     os.environ |= {"LOCAL_RANK": "0", "DS_ACCELERATOR": "cpu"}
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    {"fsdp1": fsdp1, "zero_bf16": zero_bf16, "adamw_8bit": adamw_8bit}[sys.argv[1]]()
+    {"fsdp1": fsdp1, "zero_bf16": zero_bf16, "zero_0": zero_0, "adamw_8bit": adamw_8bit}[sys.argv[1]]()
     distributed.destroy_process_group()

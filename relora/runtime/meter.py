@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from relora.config import Config
+from relora.method.lora import factor_names
+from relora.method.names import named_parameters
 from relora.runtime.engines import Engine, Live
 from relora.runtime.traffic import Traffic
 from relora.runtime.utilisation import flops_per_token, peak_flops
@@ -56,11 +58,12 @@ class Meter:
         return self._bytes_sent
 
     def _beside_full_rank(self, sent: float) -> dict[str, float]:
-        """The bytes counted, and those with the gradients of all parameters in place of the trained ones'."""
-        parameters, shape = self._live.model.parameters(), self._engine.store.shape
-        kept = [p for p in parameters if self._engine.is_apart or not p.requires_grad]
-        num_bytes = sum(shape(p).numel() * 4 for p in kept)
-        more = num_bytes * self._engine.sent_per_gradient_byte(self._num_micro_batches)
+        """The bytes counted, and those of full-rank training: with the gradients of all weights, and of no factors."""
+        factors, missing = factor_names(self._live.model), 0
+        for name, parameter in named_parameters(self._live.model).items():
+            travels = parameter.requires_grad and not self._engine.is_apart
+            missing += self._engine.store.shape(parameter).numel() * ((name not in factors) - travels)
+        more = 4 * missing * self._engine.sent_per_gradient_byte(self._num_micro_batches)
         return {"bytes_sent": sent, "bytes_sent_full_rank": sent + more}
 
 

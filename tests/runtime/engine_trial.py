@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
@@ -344,7 +345,7 @@ def one_row_off(store: Any, rank: int) -> Callable[[nn.Parameter], Mapping[str, 
         if parameter.requires_grad or rank == 0:
             return found
         width = store.shape(parameter)[1]
-        return {name: Part(part.values, part.start - width) for name, part in found.items()}
+        return {name: replace(part, start=part.start - width) for name, part in found.items()}
 
     return shifted
 

@@ -153,6 +153,29 @@ def test_every_number_is_that_of_one_process(pair: Run, single: Run) -> None:
     assert_equal_numbers(pair, single)
 
 
+def test_the_gradients_that_travel_are_those_of_trained_parameters(engine: str, pair: Run) -> None:
+    lines = [json.loads(line) for line in (pair.folder / "metrics.jsonl").read_text().splitlines()]
+    of_full, of_low = (
+        next(line for line in lines if "bytes_sent_full_rank" in line and (line["step"] <= SWITCH) == is_full)
+        for is_full in (True, False)
+    )
+    trained = {stage: num_trained(pair, stage) for stage in ("warm_start", "relora")}
+    assert trained["relora"] < 0.7 * trained["warm_start"]
+    # A ring of two sends a byte for each of an all-reduce, half of one for each of a reduction to parts or a gathering.
+    # DDP and ZeRO-1 reduce once an update, ZeRO-2 in each of two micro-batches; ZeRO then gathers what was updated.
+    per_byte = {"ddp": 1.0, "zero1": 1.5, "zero2": 2.5}
+    if engine in per_byte:
+        for line, stage in ((of_full, "warm_start"), (of_low, "relora")):
+            assert 0 <= line["bytes_sent"] - 4 * per_byte[engine] * trained[stage] <= 64, "some numbers beside them"
+        assert of_low["bytes_sent_full_rank"] == pytest.approx(of_full["bytes_sent"], abs=64)
+    assert of_full["bytes_sent_full_rank"] == of_full["bytes_sent"] > of_low["bytes_sent"]
+
+
+def num_trained(run: Run, stage: str) -> int:
+    counted = json.loads((run.folder / f"census_{stage}.json").read_text())
+    return int(counted["factors"]["num_parameters"] + counted["full"]["num_parameters"])
+
+
 def test_a_restart_leaves_the_function_alone(pair: Run) -> None:
     lines = metrics(pair.folder)
     before, after = only(lines, "probe_loss_before"), only(lines, "probe_loss_after")
