@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock, patch
 
 import torch
@@ -53,6 +53,7 @@ def main() -> None:
         print(json.dumps({"scenario": scenario, "rank": rank} | measured) + "\n", end="", flush=True)
 
     live, measured = through_the_switch(engine, expected["full rank"])
+    tell("built", **built(live))
     tell("switch", off=largest_difference(weights_of(engine, live), expected["switch"]), **measured)
 
     tell("bad nan", **bad_update(engine, live, all_nan))  # before there is any optimizer state
@@ -223,6 +224,13 @@ def least_moved(ours: Tensors, theirs: Tensors) -> float:
 
 
 # Scenarios.
+
+
+def built(live: Live) -> dict[str, Any]:
+    """What became of the launcher's options."""
+    model, optimizer = cast(LlamaForCausalLM, live.model), live.optimizer
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return {"optimizer": type(inner).__name__, "recomputes": model.is_gradient_checkpointing}
 
 
 def through_the_switch(engine: Engine, expected: Tensors) -> tuple[Live, dict[str, Any]]:

