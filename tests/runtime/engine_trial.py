@@ -8,6 +8,7 @@ plain torch, by each rank alone.
 import gc
 import json
 import math
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ from tests.tiny import MODEL, config
 BETA1, CLIP, RANKS, MICRO_BATCHES = 0.9, 1.0, 2, 2
 IN_FULL, BEFORE_RESTART, AFTER_RESTART = (0, 1), (2, 3, 4), (5, 6, 7)  # numbers of updates
 BAD = 9  # the update that is not to be made
+ONCE = "once"  # the argument for FSDP2 to reduce gradients once an update
 PRUNINGS = ("keep", "magnitude", "random")
 # Where parameters are sharded, W + delta is not kept, whatever is asked for.
 LORA = LoRAConfig(r=4, lora_alpha=8, modules_to_save="rest", forward="merged", keep_merged=True)
@@ -86,6 +88,7 @@ def main() -> None:
 def join(**options: Any) -> Engine:
     """The engine of this launch, with settings of ours."""
     chosen = {"training__mixed_precision": options["mixed_precision"], "training__per_device_batch_size": 2}
+    chosen["training__sync_each_batch"] = ONCE not in sys.argv
     optim = {"learning_rate": 1e-2, "max_grad_norm": options["max_grad_norm"]}
     return connect(config(Path("nowhere"), Path("nowhere"), optim=optim, **chosen))
 
