@@ -33,6 +33,7 @@ from relora.runtime.engines.fsdp2 import FSDP2Engine
 from relora.runtime.engines.torch_engine import TorchEngine
 from relora.stages import Stage, make_trainable
 from tests.processes import ROOT
+from tests.tiny import MODEL as MODEL_OF_TESTS
 
 FULL, LOW = Stage("warm_start", 4), Stage("relora", 12)
 ALONE = Launch("one", 1, on_gpu=False)
@@ -300,6 +301,13 @@ def test_mistakes(
     monkeypatch.chdir(tmp_path)
     assert main(["plan", written(tiny_run(), tmp_path), *options]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_model_that_needs_values_is_refused(tiny_run: Callable[..., dict[str, Any]]) -> None:
+    experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
+    config = check(tiny_run(model__config=MODEL_OF_TESTS | experts))
+    with pytest.raises(UserError, match="MixtralForCausalLM cannot be tried out without values"):
+        rehearse(LOW, config, load_hf_config(config.model), batch_size=2)
 
 
 def test_engines_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

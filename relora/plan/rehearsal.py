@@ -16,11 +16,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
-from relora.config import Config, ModelSection
+from relora.config import Config, ModelSection, UserError
 from relora.method.lora import lora_layers
 from relora.method.merge import merge_layer
 from relora.method.store import TorchStore
-from relora.model import empty_model
+from relora.model import empty_model, refusal
 from relora.plan.live_bytes import LiveBytes
 from relora.runtime.engines import Live, Processes
 from relora.runtime.engines.local import LocalEngine
@@ -79,6 +79,9 @@ def rehearse(
 
     Args:
         on_gpu: whether torch's AdamW takes all parameters at once, as it does there.
+
+    Raises:
+        UserError: the model cannot compute without values: torch knows no shapes for one of its operations.
     """
     with fake() as live:
         model = fake_model(stage, config, hf_config)
@@ -91,8 +94,7 @@ def rehearse(
         seen = _Seen(live, trained)
         level = live.now
         live.restart()
-        with rows_as_told(masked=config.data.document_mask):
-            engine.update(trained, [fake_batch(config, batch_size)], seeds=[0], stop=False)
+        _update(engine, trained, config, batch_size)
         step, state = live.history, optimizer_state_bytes(trained.optimizer)
         merge = merge_temporaries(model, live)
     return Rehearsal(
@@ -186,6 +188,15 @@ class _Seen:
     def _note_step(self) -> None:
         self.passes = self._live.history
         self._live.restart()
+
+
+def _update(engine: LocalEngine, trained: Live, config: Config, batch_size: int) -> None:
+    try:
+        with rows_as_told(masked=config.data.document_mask):
+            engine.update(trained, [fake_batch(config, batch_size)], seeds=[0], stop=False)
+    except RuntimeError as error:
+        name = type(trained.model).__name__
+        raise UserError([f"model: {name} cannot be tried out without values: {refusal(error)}"]) from None
 
 
 def _above(history: History, level: int) -> History:
