@@ -132,6 +132,10 @@ def test_deepspeed_options_that_only_say_how_are_taken(
 
 REFUSED = {
     "FSDP 1": (file("fsdp2_cpu", "--fsdp_version", "1"), "FSDP: fsdp_version 1 cannot hold"),
+    "activations on the host": (
+        file("fsdp2_cpu", "--fsdp_activation_checkpointing_offload", "true"),
+        "FSDP: fsdp_activation_checkpointing_offload:",
+    ),
     "Megatron": (["--use_megatron_lm", *TWO], "the launcher asks for Megatron-LM"),
     "tensor parallelism": (
         ["--use_fsdp", "--fsdp_version", "2", "--use_parallelism_config", "--parallelism_config_tp_size", "2", *TWO],

@@ -35,6 +35,11 @@ def launch_refusals(config: Config, world_size: int) -> list[str]:
         problems += deepspeed_problems(config, world_size)
     if kind == "fsdp2" and os.environ.get("FSDP_VERSION", "1") != "2":
         problems.append("FSDP: fsdp_version 1 cannot hold frozen and trained weights in one unit; set fsdp_version: 2")
+    if kind == "fsdp2" and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "false") == "true":
+        problems.append(
+            "FSDP: fsdp_activation_checkpointing_offload: relora computes activations again and keeps none on the host; "
+            "set it to false"
+        )
     missing = quantization_problem(config.optim.name)
     if missing is not None:
         problems.append(f"optim.name = {missing}")
