@@ -37,7 +37,7 @@ def launch_refusals(config: Config, world_size: int) -> list[str]:
         problems.append("FSDP: fsdp_version 1 cannot hold frozen and trained weights in one unit; set fsdp_version: 2")
     if kind == "fsdp2" and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "false") == "true":
         problems.append(
-            "FSDP: fsdp_activation_checkpointing_offload: relora computes activations again and keeps none on the host; "
+            "FSDP: fsdp_activation_checkpointing_offload: activations are computed again, none is kept on the host; "
             "set it to false"
         )
     missing = quantization_problem(config.optim.name)
