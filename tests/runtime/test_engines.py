@@ -297,3 +297,14 @@ def test_the_same_engine_goes_on_to_the_bit(runs: Callable[[str], Run], tmp_path
     tree = stopped(runs("zero3").tree, 15, tmp_path / "zero3")
     launched("zero3", tree, tmp_path).ended_well()
     assert_same(tree["output_dir"], runs("zero3").folder, last=END)
+
+
+@pytest.mark.parametrize(("engine", "method"), [("fsdp2", "full"), ("zero3", "lora")])
+def test_the_other_methods(engine: str, method: str, corpus: Path, tmp_path: Path) -> None:
+    short = {"training__method": method, "training__max_steps": 10, "training__eval_steps": 10}
+    alone = settings(corpus, tmp_path / "single", **HARD | short)
+    train(check(alone))
+    together = settings(corpus, tmp_path / engine, **HARD | short)
+    run = launched(engine, together, tmp_path).ended_well()
+    assert_equal_numbers(run, Run(alone))
+    assert_equal_weights(run, Run(alone))
