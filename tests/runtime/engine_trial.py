@@ -338,7 +338,7 @@ def controls(engine: Engine, live: Live) -> dict[str, Callable[[], None]]:
     if len(names) > 1:
         found["only what the model shows"] = wrong("copies", first_copy_only(store))
     if store.copies(layer.weight)[names[0]].values.numel() < store.shape(layer.weight).numel():
-        found["a part one row off"] = wrong("copies", one_row_off(store, engine.processes.rank))
+        found["a part one row off"] = wrong("in_use", one_row_off(store, engine.processes.rank))
     return found
 
 
@@ -347,16 +347,15 @@ def first_copy_only(store: Any) -> Callable[[nn.Parameter], Mapping[str, Part]]:
     return lambda parameter: dict([next(iter(copies(parameter).items()))])
 
 
-def one_row_off(store: Any, rank: int) -> Callable[[nn.Parameter], Mapping[str, Part]]:
+def one_row_off(store: Any, rank: int) -> Callable[[nn.Parameter], Part]:
     """Rank 1 takes the part of a frozen weight that it holds for the one that begins a row earlier."""
-    copies = store.copies
+    in_use = store.in_use
 
-    def shifted(parameter: nn.Parameter) -> Mapping[str, Part]:
-        found = copies(parameter)
+    def shifted(parameter: nn.Parameter) -> Part:
+        part: Part = in_use(parameter)
         if parameter.requires_grad or rank == 0:
-            return found
-        width = store.shape(parameter)[1]
-        return {name: replace(part, start=part.start - width) for name, part in found.items()}
+            return part
+        return replace(part, start=part.start - store.shape(parameter)[1])
 
     return shifted
 
