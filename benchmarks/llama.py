@@ -47,7 +47,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     lora = parser.add_argument_group("lora")
     lora.add_argument("--rank", type=int, default=128)
     lora.add_argument("--forward", default="auto", help="auto, merged or factored")
-    lora.add_argument("--keep-merged", action="store_true")
+    lora.add_argument("--keep-merged", action=argparse.BooleanOptionalAction, default=True)
     lora.add_argument("--base-dtype", choices=get_args(BaseDtype))
     parser.add_argument("--optimizer", default="adamw", help="name of build_optimizer's")
 

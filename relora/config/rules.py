@@ -131,12 +131,6 @@ def _forward(c: Config) -> str | None:
     return None
 
 
-def _keep_merged(c: Config) -> str | None:
-    if not c.lora.keep_merged or c.lora.forward != "factored":
-        return None
-    return "lora.keep_merged = true: lora.forward = factored forms nothing to keep; needs merged or auto"
-
-
 def _sync(c: Config) -> str | None:
     if c.relora.sync == "step":
         return None
@@ -189,7 +183,6 @@ RULES = (
     Rule(("lora.target_modules",), _targets),
     Rule(("relora.carry_residual", "lora.base_dtype", "relora.sync"), _carry_residual),
     Rule(("lora.forward", "lora.lora_dropout", "lora.base_dtype", "training.method"), _forward),
-    Rule(("lora.keep_merged", "lora.forward"), _keep_merged),
     Rule(
         ("relora.sync", "training.method", "relora.restart_every", "relora.warm_start_steps", "training.max_steps"),
         _sync,

@@ -121,9 +121,9 @@ class LoraSection(Section):
         json_schema_extra=HOW,
     )
     keep_merged: bool = Field(
-        False,
-        description="keep W + s B A from the forward pass of an update to its end, a further copy of the weights; "
-        "not under FSDP2, DeepSpeed or torch_compile",
+        True,
+        description="where the merged route is taken, keep W + s B A from the forward pass of an update to its end, a "
+        "further copy of these weights (`relora plan` shows it); not under FSDP2, DeepSpeed or torch_compile",
         json_schema_extra=HOW,
     )
 

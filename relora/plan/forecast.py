@@ -85,6 +85,7 @@ def forecast(
     Raises:
         ValueError: the global batch cannot be divided over the processes.
     """
+    config = _as_launched(config, launch)
     plan, numbers = Plan(config), derived_numbers(config, launch.num_processes)
     models, memory, lines = dict[str, StageModel](), dict[str, StageMemory](), dict[str, Line]()
     for stage in stages_beside_full_rank(plan):
@@ -105,6 +106,13 @@ def forecast(
         fits=[fit(gib, of_the_run, divisors) for gib in sizes],
         advice=[*restart_advice(config), *_advice(config, memory, compute, device_gib)],
     )
+
+
+def _as_launched(config: Config, launch: Launch) -> Config:
+    """W + delta is kept only where W is whole between two passes, and no compiler decides what is."""
+    if launch.engine in ("one", "ddp") and not config.model.torch_compile:
+        return config
+    return config.model_copy(update={"lora": config.lora.model_copy(update={"keep_merged": False})})
 
 
 def stages_beside_full_rank(plan: Plan) -> list[Stage]:

@@ -465,12 +465,6 @@ JOINED: list[tuple[tuple[str, ...], dict[str, Any], str, dict[str, Any]]] = [
         "lora.forward = merged: lora.lora_dropout = 0.1 drops inputs of A alone; must be 0",
         {"lora": {"forward": "factored", "lora_dropout": 0.1}},
     ),
-    (
-        ("lora.keep_merged", "lora.forward"),
-        {"lora": {"forward": "factored", "keep_merged": True}},
-        "lora.keep_merged = true: lora.forward = factored forms nothing to keep; needs merged or auto",
-        {"lora": {"forward": "auto", "keep_merged": True}},
-    ),
     *(
         (
             ("data.document_mask", "model.attn_implementation"),
@@ -668,8 +662,9 @@ def test_defaults_of_the_section_are_those_of_the_library() -> None:
     del section["master"]  # where memory is, the pipeline knows
     assert section.keys() == library.keys()
     different = {name for name, default in library.items() if section[name] != default}
-    # auto is the pipeline's: it knows whether the model is pretrained. A library's weights stay as they came.
-    assert different == {"modules_to_save", "base_dtype"}
+    # auto is the pipeline's: it knows whether the model is pretrained. A library's weights stay as they came, and who
+    # writes them through .data would not be seen by what is kept of them.
+    assert different == {"modules_to_save", "base_dtype", "keep_merged"}
 
 
 def test_auto_means_nothing_for_a_pretrained_model_and_the_rest_from_scratch() -> None:
