@@ -30,7 +30,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours merged": {"forward": "merged"},
     "ours merged, kept": {"forward": "merged", "keep_merged": True},
     "ours factored": {"forward": "factored"},
-    "ours auto": {"forward": "auto"},
+    "ours auto, kept": {"forward": "auto", "keep_merged": True},
 }
 COLUMNS = ("layer", "ms", "of full rank", "FLOP limit", "over the limit", "of PEFT", "saved MiB")
 
@@ -97,7 +97,10 @@ def layers(d_in: int, d_out: int, r: int) -> dict[str, nn.Module]:
     config = peft.LoraConfig(r=r, target_modules=["0"])
     theirs = peft.inject_adapter_in_model(config, nn.Sequential(nn.Linear(d_in, d_out, bias=False)))[0]
     ours = {name: wrapped(d_in, d_out, LoRAConfig(r=r, **how)) for name, how in OURS.items()}
-    together = {"q, k, v together": three(d_in, d_out, r), "q, k, v one by one": three(d_in, d_out, r, apart=True)}
+    together = {
+        "q, k, v together, kept": three(d_in, d_out, r),
+        "q, k, v one by one, kept": three(d_in, d_out, r, apart=True),
+    }
     return {"full rank": plain, "PEFT": theirs, **ours, **together}
 
 
@@ -120,7 +123,7 @@ class Projections(nn.Module):
 
 def three(d_in: int, d_out: int, r: int, *, apart: bool = False) -> Projections:
     model = Projections(d_in, d_out)
-    inject_lora(model, LoRAConfig(r=r))
+    inject_lora(model, LoRAConfig(r=r, keep_merged=True))
     if apart:
         for layer in model.children():
             assert isinstance(layer, LoRALinear)
@@ -139,6 +142,9 @@ class Call:
 
     def seconds(self) -> float:
         """Of one forward and backward pass."""
+        for module in self._module.modules():
+            if isinstance(module, LoRALinear) and module.kept is not None:
+                module.kept.drop()
         start = self._now()
         torch.autograd.backward(self._outputs(), self._dys)
         end = self._now()
