@@ -14,7 +14,6 @@ from relora.method import optimizer as optimizer_module
 from relora.method.codes import BESIDE, coded_tensors, decoded
 from relora.method.store import TorchStore
 
-pytest.importorskip("bitsandbytes")
 WIDE, NARROW, R = 1100, 30, 4  # A of the wide layer has 4400 entries, 17 blocks and a part; of the narrow one 120
 
 

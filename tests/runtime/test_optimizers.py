@@ -37,8 +37,6 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
     @cache
     def made(name: str, reset: str) -> Run:
-        if name == "adamw_8bit":
-            pytest.importorskip("bitsandbytes")
         optim = {"name": name, "learning_rate": 3e-3}
         folder = tmp_path_factory.mktemp("optimizers") / "run"
         tree = settings(corpus, folder, **SETTINGS, optim=optim, relora__optimizer_reset=reset)

@@ -1,6 +1,7 @@
 """Updates by torch's own autograd and optimizer: what one process, DDP and FSDP2 have in common."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -17,7 +18,7 @@ from relora.runtime.engines.base import Batch, Live, Update, on_device
 from relora.runtime.engines.processes import Processes
 
 
-class TorchEngine:
+class TorchEngine(ABC):
     """An engine whose gradients are in `parameter.grad` after a backward pass, averaged over the ranks."""
 
     name: str
@@ -29,8 +30,9 @@ class TorchEngine:
         self._bf16 = mixed_precision == "bf16"
         self._max_grad_norm = max_grad_norm
 
+    @abstractmethod
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> Live:
-        raise NotImplementedError
+        """As in Engine."""
 
     def begin(self, live: Live) -> None:
         """Nothing is due."""
