@@ -34,7 +34,7 @@ class TorchEngine(ABC):
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> Live:
         """As in Engine."""
 
-    def begin(self, live: Live) -> None:
+    def begin(self, live: Live) -> None:  # noqa: B027 (an engine may leave it so)
         """Nothing is due."""
 
     def restart(self, live: Live, **how: Any) -> RestartReport:
