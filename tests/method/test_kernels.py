@@ -129,6 +129,19 @@ def test_an_input_and_a_gradient_with_strides(route: Any) -> None:
 
 
 @every_route
+def test_rows_in_fp32_begin_at_cache_lines_and_may_be_written_to(route: Any) -> None:
+    layer, x = layer_of(route, d_in=20, d_out=37), torch.randn(2, 3, 20, requires_grad=True)
+    y = layer(x)
+    assert [stride % 16 for stride in y.stride()] == [0, 0, 1]
+    before = y.detach().clone()
+    torch.testing.assert_close(y.add_(1).detach(), before + 1)
+    y.view(-1, 37).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full((37,), 6.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).is_contiguous()
+
+
+@every_route
 def test_two_calls_add_up(route: Any) -> None:
     layer, x = layer_of(route), torch.randn(2, 4, D_IN)
     (layer(x[0]).sum() + layer(layer(x[1]) @ torch.randn(D_OUT, D_IN)).sum()).backward()
