@@ -123,7 +123,7 @@ def save_all(
     ids = torch.randint(live.model.config.vocab_size, (1, min(64, config.data.sequence_length)))
     for number in range(1, 2 * rounds + 1):
         clock, cycle = Clock(number, number), (number + 1) // 2
-        assert engine.update(live, [{"input_ids": ids, "labels": ids}], seeds=[0], stop=False).applied
+        assert not engine.update(live, [{"input_ids": ids, "labels": ids}], seeds=[0], stop=False).failed
 
         def save(clock: Clock = clock, cycle: int = cycle) -> None:
             about = {"fingerprint": "", "data": ""}

@@ -118,7 +118,7 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
 
 
 def update(engine: Any, live: Any, batch: Any) -> None:
-    assert engine.update(live, [batch], seeds=[0], stop=False).applied
+    assert not engine.update(live, [batch], seeds=[0], stop=False).failed
 
 
 def from_first(text: str) -> str:

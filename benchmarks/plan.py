@@ -146,7 +146,7 @@ def train(stage: str, overrides: Sequence[str]) -> None:
     shape = (config.training.per_device_batch_size, config.data.sequence_length)
     ids = torch.randint(hf_config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
     for _ in range(3):
-        assert engine.update(live, [{"input_ids": ids, "labels": ids}], seeds=[0], stop=False).applied
+        assert not engine.update(live, [{"input_ids": ids, "labels": ids}], seeds=[0], stop=False).failed
     if what.is_low_rank:
         engine.restart(live, seed=0, index=1)
 

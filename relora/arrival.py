@@ -52,15 +52,17 @@ class Arrival:
     about: Mapping[str, Any]
 
     def __call__(self, clock: Clock) -> None:
-        step, training = clock.step, self.plan.config.training
-        if self.stage.is_low_rank and self.plan.restart_due(step):
-            self._restart(step)
-        else:
-            self._probe_after_restart(step)
+        step = clock.step
+        self._restart_or_probe(step)
         if self._evaluation_due(step):
             self._evaluate(step)
-        if step and (step % training.save_steps == 0 or step == self.plan.max_steps):
+        if self._save_due(step):
             self._save(clock)
+
+    def is_due(self, step: int) -> bool:
+        """Whether there is anything to be done at this step."""
+        due = (self._restart_due, self._probe_due, self._evaluation_due, self._save_due)
+        return any(is_due(step) for is_due in due)
 
     def stop(self, clock: Clock, seconds_left: float) -> bool:
         """End before the time: a checkpoint, if there is time for one. An evaluation waits for the resume.
@@ -71,10 +73,7 @@ class Arrival:
         [num_late] = self.engine.processes.sum([float(seconds_left < self.checkpoints.expected_seconds())])
         if num_late:
             return False
-        if self.stage.is_low_rank and self.plan.restart_due(clock.step):
-            self._restart(clock.step)
-        else:
-            self._probe_after_restart(clock.step)
+        self._restart_or_probe(clock.step)
         self._save(clock, evaluated=not self._evaluation_due(clock.step))
         return True
 
@@ -89,9 +88,28 @@ class Arrival:
         if not state.evaluated:
             self._evaluate(state.clock.step)
 
+    def _restart_due(self, step: int) -> bool:
+        return self.stage.is_low_rank and self.plan.restart_due(step)
+
+    def _probe_due(self, step: int) -> bool:
+        """Among the first updates after a restart."""
+        done, every = self.plan.restarts_done(step), self.plan.restart_every
+        if not done or every is None:
+            return False
+        return step - self.plan.warm_start_steps - done * every <= self.plan.config.training.probe_steps
+
     def _evaluation_due(self, step: int) -> bool:
         ends = (0, self.plan.warm_start_steps, self.plan.max_steps)
         return step in ends or step % self.plan.config.training.eval_steps == 0
+
+    def _save_due(self, step: int) -> bool:
+        return step > 0 and (step % self.plan.config.training.save_steps == 0 or step == self.plan.max_steps)
+
+    def _restart_or_probe(self, step: int) -> None:
+        if self._restart_due(step):
+            self._restart(step)
+        elif self._probe_due(step):
+            self.tracker.line({"step": step, "probe_loss": self._probe_loss()})
 
     def _restart(self, step: int) -> None:
         relora, index = self.plan.config.relora, self.plan.restarts_done(step)
@@ -116,14 +134,6 @@ class Arrival:
         costs = {"restart_seconds": seconds, "bytes_sent": traffic.bytes_sent}
         self.tracker.line({"step": step, "restart": index} | asdict(report) | costs | probes)
         self.tracker.spectra(self._spectra(), step)
-
-    def _probe_after_restart(self, step: int) -> None:
-        done = self.plan.restarts_done(step)
-        every = self.plan.restart_every
-        if done and every is not None:
-            since = step - self.plan.warm_start_steps - done * every
-            if since <= self.plan.config.training.probe_steps:
-                self.tracker.line({"step": step, "probe_loss": self._probe_loss()})
 
     def _evaluate(self, step: int) -> None:
         config = self.plan.config

@@ -1,15 +1,19 @@
 """The only training loop. It knows one clock, and neither stages nor engines.
 
-update -> log -> (restart -> evaluate -> checkpoint, where they are due) -> update -> ...
+updates -> log -> (restart -> evaluate -> checkpoint, where they are due) -> updates -> ...
+
+Where the engine allows it, the device is given all updates up to the next step whose numbers somebody waits for. One
+whose loss or gradient is not finite is not made there, nor are those behind it; the loop goes back to the next batch.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from relora.config.derived import Plan
 from relora.method.optimizer import set_learning_rate
-from relora.runtime.engines import Batch, Engine, Live, Update
+from relora.runtime.engines import Batch, Engine, Live, Queued, Update, read
 from relora.runtime.memory import peak_memory_bytes
 from relora.runtime.meter import Meter
 from relora.runtime.signals import Asked
@@ -29,7 +33,8 @@ class Loop:
 
     Attributes:
         batches: for each update in turn this rank's micro-batches, from the clock's `samples_seen` on.
-        arrive: called at each step after which the run goes on or ends: restart, evaluation, checkpoint.
+        arrive: called at least at each step where something is due: restart, evaluation, checkpoint.
+        due: whether anything is at a step.
         asked: whether this process has been asked to stop.
     """
 
@@ -39,6 +44,7 @@ class Loop:
     tracker: Tracker
     batches: Iterator[Sequence[Batch]]
     arrive: Callable[[Clock], None]
+    due: Callable[[int], bool]
     asked: Asked
 
     def run(self, clock: Clock, *, until: int, arrive_at_end: bool) -> tuple[Clock, bool]:
@@ -53,32 +59,65 @@ class Loop:
         Raises:
             NotFiniteError: 10 updates in a row had to be skipped.
         """
-        samples, skipped = self.plan.config.training.global_batch_size, 0
-        meter = Meter(self.engine, self.live, self.plan.config)
+        meter, skipped = Meter(self.engine, self.live, self.plan.config), 0
+        batches = self.batches
         while clock.step < until:
-            batches = next(self.batches)
-            with meter.measured(len(batches)):
-                update = self._update(clock, batches)
-            if not update.applied:
-                skipped += 1
-                clock = clock.skipped(samples)
-                self._tell_skipped(clock, update, skipped)
+            # What is queued behind an update that is not made is not made either: after one, each is looked at.
+            end = clock.step + 1 if skipped else self._next_look(clock.step, until)
+            taken, queued = self._queue(clock, batches, meter, end=end)
+            updates = read(queued)
+            meter.waited()
+            for update in updates:
+                clock, skipped = self._count(clock, update, skipped)
+            if unused := taken[len(updates) :]:
+                batches = chain(unused, batches)
+            if skipped:
                 continue
-            skipped = 0
-            clock = clock.applied(samples)
-            self._log(clock, update, meter)
-            if update.stop and clock.step < until:
+            self._log(clock, updates[-1], meter)
+            if queued[-1].stop and clock.step < until:
                 return clock, True
             if clock.step < until or arrive_at_end:
                 self.arrive(clock)
                 meter.restart_clock()
         return clock, False
 
-    def _update(self, clock: Clock, batches: Sequence[Batch]) -> Update:
+    def _next_look(self, step: int, until: int) -> int:
+        """The step up to which updates can be made without a look at what they measured."""
+        if not self.engine.queues(self.live):
+            return step + 1
+        logging_steps = self.plan.config.training.logging_steps
+        looks = (later for later in range(step + 1, until) if later % logging_steps == 0 or self.due(later))
+        return next(looks, until)
+
+    def _queue(
+        self, clock: Clock, batches: Iterator[Sequence[Batch]], meter: Meter, *, end: int
+    ) -> tuple[list[Sequence[Batch]], list[Queued]]:
+        """Batches and updates up to step `end`, or to the one at which some rank has been asked to stop."""
+        taken, queued = list[Sequence[Batch]](), list[Queued]()
+        while clock.step < end and not (queued and queued[-1].stop):
+            taken.append(next(batches))
+            with meter.measured(len(taken[-1])):
+                queued.append(self._update(clock, taken[-1], after=queued[-1] if queued else None))
+            clock = clock.applied(self._num_samples)
+        return taken, queued
+
+    def _update(self, clock: Clock, batches: Sequence[Batch], *, after: Queued | None) -> Queued:
         set_learning_rate(self.live.optimizer, self.plan.learning_rate(clock.step))
         seed = self.plan.config.seed
         seeds = [micro_batch_seed(seed, clock.samples_seen, self.engine.processes.rank, i) for i in range(len(batches))]
-        return self.engine.update(self.live, batches, seeds=seeds, stop=self.asked.signal is not None)
+        return self.engine.update(self.live, batches, seeds=seeds, stop=self.asked.signal is not None, after=after)
+
+    def _count(self, clock: Clock, update: Update, skipped: int) -> tuple[Clock, int]:
+        """The clock after this update, and how many in a row were skipped."""
+        if update.applied:
+            return clock.applied(self._num_samples), 0
+        clock = clock.skipped(self._num_samples)
+        self._tell_skipped(clock, update, skipped + 1)
+        return clock, skipped + 1
+
+    @property
+    def _num_samples(self) -> int:
+        return self.plan.config.training.global_batch_size
 
     def _log(self, clock: Clock, update: Update, meter: Meter) -> None:
         config = self.plan.config

@@ -133,6 +133,7 @@ def _run_stage(stage: Stage, state: State, *, job: Job, kept: Kept) -> State:
         tracker=kept.tracker,
         batches=batches,
         arrive=arrival,
+        due=arrival.is_due,
         asked=kept.asked,
     )
     with closing(batches):  # ends the processes that read ahead

@@ -37,9 +37,14 @@ class Meter:
                 self._bytes_sent = self._beside_full_rank(traffic.bytes_sent)
         else:
             yield
+        self._updates += 1
+        self.waited()
+
+    def waited(self) -> None:
+        """The time until now was that of updates."""
         now_s = time.perf_counter()
         self._busy_s += now_s - self._start_s
-        self._start_s, self._updates = now_s, self._updates + 1
+        self._start_s = now_s
 
     def restart_clock(self) -> None:
         self._start_s = time.perf_counter()

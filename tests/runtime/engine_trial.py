@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 from unittest.mock import Mock, patch
@@ -31,7 +32,7 @@ from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.method.store import Part
 from relora.model import num_label_tokens, token_losses
-from relora.runtime.engines import Batch, Engine, Live, connect
+from relora.runtime.engines import Batch, Engine, Live, Update, connect, read
 from relora.runtime.rebuild import load_weights
 from relora.runtime.state import Held
 from relora.runtime.weights import Handover
@@ -80,6 +81,8 @@ def main() -> None:
     tell("checksum", **checksums(engine, live))
 
     engine.release(live)
+    if not engine.name.startswith("DeepSpeed"):
+        tell("queued", **queued(engine, expected["switch"]))
     with patch("relora.runtime.engines.Processes", return_value=engine.processes):  # they have joined already
         tell("bf16", **bf16(expected["before restart"]))
     engine.processes.close()
@@ -104,9 +107,9 @@ def plain_model(*, low_rank: bool) -> LlamaForCausalLM:
     return model
 
 
-def optimizer_of(model: nn.Module) -> Optimizer:
+def optimizer_of(model: nn.Module, name: str = "adamw") -> Optimizer:
     # With an epsilon above its rounding, a gradient that is nothing else moves nothing.
-    return build_optimizer(model, learning_rate=1e-2, adam_beta1=BETA1, adam_epsilon=1e-5)
+    return build_optimizer(model, name=name, learning_rate=1e-2, adam_beta1=BETA1, adam_epsilon=1e-5)
 
 
 def micro_batches(update: int, rank: int) -> list[Batch]:
@@ -159,18 +162,29 @@ def reference() -> dict[str, Tensors]:
 # The same through the engine.
 
 
-def begin(engine: Engine, *, low_rank: bool, values: Mapping[str, Tensor] | None = None) -> Live:
+def begin(
+    engine: Engine,
+    *,
+    low_rank: bool,
+    values: Mapping[str, Tensor] | None = None,
+    optimizer: Callable[[nn.Module], Optimizer] = optimizer_of,
+) -> Live:
     """A model in the engine's hands, its weights written through the store as the program does it."""
     model = plain_model(low_rank=low_rank)
     drawn = {name: p.detach().clone() for name, p in named_parameters(model).items()}
-    live = engine.prepare(model, optimizer_of)
+    live = engine.prepare(model, optimizer)
     load_weights(live.model, Held(dict(values or drawn)), engine.store)
     return live
 
 
+def one_update(engine: Engine, live: Live, number: int) -> Update:
+    [update] = read([engine.update(live, micro_batches(number, engine.processes.rank), seeds=[0, 0], stop=False)])
+    return update
+
+
 def updates(engine: Engine, live: Live, numbers: Sequence[int]) -> None:
     for number in numbers:
-        update = engine.update(live, micro_batches(number, engine.processes.rank), seeds=[0, 0], stop=False)
+        update = one_update(engine, live, number)
         assert update.applied, f"update {number}: loss {update.loss}, norm {update.grad_norm}"
 
 
@@ -302,7 +316,7 @@ def only_loss_infinite(logits: Tensor) -> Tensor:
 def bad_update(engine: Engine, live: Live, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     before = snapshot(engine, live)
     with hooked(engine, live, change):
-        update = engine.update(live, micro_batches(BAD, engine.processes.rank), seeds=[0, 0], stop=False)
+        update = one_update(engine, live, BAD)
     after = snapshot(engine, live)
     return {
         "applied": update.applied,
@@ -310,6 +324,29 @@ def bad_update(engine: Engine, live: Live, change: Callable[[Tensor], Tensor]) -
         "weights_off": largest_difference(after["weights"], before["weights"]),
         "slots_off": largest_difference(after["slots"], before["slots"]),
         "steps_equal": after["steps"] == before["steps"],
+    }
+
+
+def queued(engine: Engine, start: Tensors) -> dict[str, Any]:
+    """A good update, a bad one and another good one behind it, all asked for before anything is read."""
+    live = begin(engine, low_rank=True, values=start, optimizer=partial(optimizer_of, name="adamw_fused"))
+    ask = partial(engine.update, live, seeds=[0, 0], stop=False)
+    asked = [ask(micro_batches(0, engine.processes.rank))]
+    before = snapshot(engine, live)
+    with hooked(engine, live, only_loss_infinite):
+        asked.append(ask(micro_batches(BAD, engine.processes.rank), after=asked[-1]))
+    asked.append(ask(micro_batches(1, engine.processes.rank), after=asked[-1]))
+    after = snapshot(engine, live)
+    updates(engine, live, (1,))
+    end = weights_of(engine, live)
+    told = {"queues": engine.queues(live), "applied": [update.applied for update in read(asked)]}
+    engine.release(live)
+    return told | {
+        "first_moved": largest_difference(before["weights"], start),
+        "weights_off": largest_difference(after["weights"], before["weights"]),
+        "slots_off": largest_difference(after["slots"], before["slots"]),
+        "steps_equal": after["steps"] == before["steps"],
+        "last_moved": largest_difference(end, after["weights"]),
     }
 
 

@@ -98,6 +98,16 @@ def test_a_bad_update_of_one_rank_is_made_by_none(told: Told, kind: str) -> None
         assert line["off"] <= TOLERANCE, "the good updates after it"
 
 
+def test_updates_queued_behind_a_bad_one_are_not_made(trials: Callable[[str], Told]) -> None:
+    for engine in ("ddp", "fsdp2", "fsdp2_offloaded"):
+        for line in both(trials(engine), "queued"):
+            assert line["queues"]
+            assert line["applied"] == [True, False], "what is read ends with the bad one"
+            assert (line["weights_off"], line["slots_off"]) == (0, 0)
+            assert line["steps_equal"]
+            assert min(line["first_moved"], line["last_moved"]) > 10 * TOLERANCE
+
+
 def test_a_stage_hands_over_its_weights_and_nothing_else(told: Told) -> None:
     for line in both(told, "switch"):
         assert line["full_rank_off"] <= TOLERANCE

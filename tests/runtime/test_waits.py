@@ -1,7 +1,10 @@
-"""How often an update makes the host wait for the device: as often as it reads a number that was computed there."""
+"""How often a run makes the host wait for the device: as often as it reads a number that was computed there."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,21 +12,27 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from relora import loop
 from relora.config import check
+from relora.files import sha256_of
+from relora.job import open_job
 from relora.loop import Loop
 from relora.runtime.engines import torch_engine
 from relora.train import train
+from tests.tiny import metrics
 
-NUM_UPDATES, NUM_MICRO_BATCHES = 8, 2
+NUM_MICRO_BATCHES = 2
+BATCH, BAD = 8, (3, 13, 14)  # samples of an update; the updates, counted by their batches, whose loss is not finite
 # What hides behind item(), bool(), float(), int() and what has a shape that depends on values.
 READERS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
 
 
 @dataclass
 class Reads:
-    """Reads of the updates of a run, one entry an update; those within forward passes apart."""
+    """Reads of the updates of a run, one entry an update; those within forward passes, and those of results, apart."""
 
     ours: list[int] = field(default_factory=list)
+    results: list[int] = field(default_factory=list)
     forward: list[int] = field(default_factory=list)
     is_update: bool = False
     is_forward: bool = False
@@ -47,14 +56,15 @@ class Counting(TorchDispatchMode):
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """Filled by whatever run comes next."""
     reads, update = Reads(), Loop._update
+    read = loop.read
     num_label_tokens, token_losses, tolist = torch_engine.num_label_tokens, torch_engine.token_losses, Tensor.tolist
 
-    def counted_update(*args: Any) -> Any:
+    def counted_update(*args: Any, **kwargs: Any) -> Any:
         reads.ours.append(0)
         reads.forward.append(0)
         reads.is_update = True
         with Counting(reads):
-            done = update(*args)
+            done = update(*args, **kwargs)
         reads.is_update = False
         return done
 
@@ -73,33 +83,77 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
             reads.add()
         return tolist(tensor)
 
+    def counted_results(queued: Any) -> Any:
+        reads.results.append(len(queued))
+        return read(queued)
+
     monkeypatch.setattr(Loop, "_update", counted_update)
+    monkeypatch.setattr(loop, "read", counted_results)
     monkeypatch.setattr(torch_engine, "num_label_tokens", on_the_host)
     monkeypatch.setattr(torch_engine, "token_losses", forward)
     monkeypatch.setattr(Tensor, "tolist", counted_tolist)
     return reads
 
 
+def settings_of(tiny_run: Callable[..., dict[str, Any]], name: str, **overrides: Any) -> dict[str, Any]:
+    """A warm start of 4 updates, restarts at 9 and 14, 16 updates."""
+    training = {
+        "max_steps": 16,
+        "global_batch_size": BATCH,
+        "per_device_batch_size": BATCH // NUM_MICRO_BATCHES,
+        "mixed_precision": "bf16",
+        "eval_steps": 100,
+        "save_steps": 100,
+        "logging_steps": 3,
+    }
+    relora = {"restart_every": 5, "warm_start_steps": 4}
+    return tiny_run(name, optim__name="adamw_fused", relora=relora, training=training | overrides)
+
+
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_an_update_waits_once(tiny_run: Callable[..., dict[str, Any]], reads: Reads, document_mask: bool) -> None:
-    # The other implementations of AdamW read their step counts, which are on the host wherever the parameters are.
-    tree = tiny_run(
-        optim__name="adamw_fused",
-        data__document_mask=document_mask,
-        training={
-            "max_steps": NUM_UPDATES,
-            "global_batch_size": 8,
-            "per_device_batch_size": 8 // NUM_MICRO_BATCHES,
-            "mixed_precision": "bf16",
-            "eval_steps": 100,
-            "save_steps": 100,
-            "logging_steps": 1,
-        },
-    )
-    train(check(tree))
-    assert reads.ours == [1] * NUM_UPDATES
+def test_a_run_waits_only_where_something_is_told_or_due(
+    tiny_run: Callable[..., dict[str, Any]], reads: Reads, document_mask: bool
+) -> None:
+    train(check(settings_of(tiny_run, "run") | {"data": tiny_run()["data"] | {"document_mask": document_mask}}))
+    assert reads.ours == [0] * 16
+    looks = [3, 4, 6, 9, 12, 14, 15, 16]  # 3, 6, .. are logged, 4 is the switch, 9 and 14 are restarts, 16 is the end
+    assert list(accumulate(reads.results)) == looks
     # transformers looks at the positions of a batch, to see whether documents are packed.
     assert max(reads.forward) <= NUM_MICRO_BATCHES
+
+
+def test_other_optimizers_are_looked_at_each_time(tiny_run: Callable[..., dict[str, Any]], reads: Reads) -> None:
+    tree = settings_of(tiny_run, "run", max_steps=6)
+    train(check(tree | {"optim": tree["optim"] | {"name": "adamw"}}))
+    assert reads.results == [1] * 6
+
+
+@pytest.mark.parametrize("logging_steps", [3, 100])
+def test_a_bad_batch_changes_nothing_for_updates_that_are_queued(
+    tiny_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, logging_steps: int
+) -> None:
+    token_losses = torch_engine.token_losses
+    samples = open_job(check(settings_of(tiny_run, "one"))).data.samples(check(settings_of(tiny_run, "one")).data, 0)
+    bad_ids = torch.stack([samples[BATCH * number + 1]["input_ids"] for number in BAD])
+
+    def poisoned(model: Any, batch: Any) -> Tensor:
+        is_bad = (batch["input_ids"][:, None] == bad_ids).all(-1).any()
+        losses: Tensor = token_losses(model, batch)
+        return losses * math.nan if model.training and is_bad else losses
+
+    monkeypatch.setattr(torch_engine, "token_losses", poisoned)
+    one, many = (
+        settings_of(tiny_run, "one", logging_steps=1),
+        settings_of(tiny_run, "many", logging_steps=logging_steps),
+    )
+    for tree in (one, many):
+        train(check(tree))
+    [looked_at, queued] = [metrics(tree["output_dir"]) for tree in (one, many)]
+    assert max(line.get("samples_seen", 0) for line in looked_at) > BATCH * (16 + len(BAD)), "they come again"
+    logged = {line["step"] for line in queued if "loss" in line}
+    assert queued == [line for line in looked_at if "loss" not in line or line["step"] in logged]
+    final = [Path(tree["output_dir"], "final", "model.safetensors") for tree in (one, many)]
+    assert sha256_of(final[0]) == sha256_of(final[1])
 
 
 def test_a_read_would_be_seen(reads: Reads) -> None:

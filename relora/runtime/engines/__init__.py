@@ -3,7 +3,7 @@
 from relora.config import Config
 from relora.method.outer import OuterOptimizer
 from relora.runtime.engines.apart import ApartEngine
-from relora.runtime.engines.base import Batch, Engine, Live, Update
+from relora.runtime.engines.base import Batch, Engine, Live, Queued, Update, read
 from relora.runtime.engines.deepspeed import DeepSpeedEngine
 from relora.runtime.engines.deepspeed_options import deepspeed_settings, launched_zero_stage, wants_own_optimizer
 from relora.runtime.engines.fsdp2 import FSDP2Engine
@@ -25,6 +25,7 @@ __all__ = [
     "Engine",
     "Live",
     "Processes",
+    "Queued",
     "Update",
     "check_world",
     "connect",
@@ -35,6 +36,7 @@ __all__ = [
     "launched_rank",
     "launched_world_size",
     "launched_zero_stage",
+    "read",
 ]
 
 

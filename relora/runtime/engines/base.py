@@ -1,5 +1,6 @@
 """What the rest of the program may ask of an engine."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -25,13 +26,40 @@ class Update:
         loss: sum of the token losses over the global batch / its label tokens, in nats.
         grad_norm: norm of the whole gradient before clipping.
         applied: False when loss or gradient was not finite somewhere and no optimizer saw it.
-        stop: whether some rank has been asked to stop.
     """
 
     loss: float
     grad_norm: float
     applied: bool
+
+
+@dataclass(frozen=True)
+class Queued:
+    """An update that the device has been told to make.
+
+    Attributes:
+        measured: loss and gradient norm as in `Update`, float64, (2,); it may not have been computed yet.
+        failed: whether the update is not made, since these, or those of an update it came after, are not finite.
+        stop: whether some rank has been asked to stop.
+    """
+
+    measured: Tensor
+    failed: Tensor
     stop: bool
+
+
+def read(queued: Sequence[Queued]) -> list[Update]:
+    """What updates queued one after the other measured, up to the first that was not made: the others were not either.
+
+    The one time that the host waits for the device.
+    """
+    updates = []
+    for loss, grad_norm in torch.stack([update.measured for update in queued]).tolist():
+        applied = math.isfinite(loss) and math.isfinite(grad_norm)
+        updates.append(Update(loss=loss, grad_norm=grad_norm, applied=applied))
+        if not applied:
+            break
+    return updates
 
 
 @dataclass
@@ -71,12 +99,18 @@ class Engine(Protocol):
     def compile(self, live: Live) -> None:
         """Compile the model with torch.compile."""
 
-    def update(self, live: Live, batches: Sequence[Batch], *, seeds: Sequence[int], stop: bool) -> Update:
+    def queues(self, live: Live) -> bool:
+        """Whether an update may be asked for before it is known what became of the one before."""
+
+    def update(
+        self, live: Live, batches: Sequence[Batch], *, seeds: Sequence[int], stop: bool, after: Queued | None = None
+    ) -> Queued:
         """Forward and backward over this rank's micro-batches, clip, and one step of the optimizer.
 
         Args:
             seeds: of the random draws (dropout) of each micro-batch.
-            stop: whether this rank has been asked to stop; all hear of it by the `Update`.
+            stop: whether this rank has been asked to stop; all hear of it by what is returned.
+            after: the update before, if it has not been read yet (`queues`). This one is not made if that one is not.
         """
 
     def sent_per_gradient_byte(self, num_micro_batches: int) -> float:

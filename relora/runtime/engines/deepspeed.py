@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from relora.method.outer import OuterOptimizer
 from relora.method.restart import RestartReport, restart
 from relora.model import num_label_tokens, token_losses
-from relora.runtime.engines.base import Batch, Live, Update, on_device
+from relora.runtime.engines.base import Batch, Live, Queued, on_device
 from relora.runtime.engines.processes import Processes
 from relora.runtime.engines.zero_store import ZeroStore
 
@@ -65,7 +65,19 @@ class DeepSpeedEngine:
     def compile(self, live: Live) -> None:
         live.model.compile()
 
-    def update(self, live: Live, batches: Sequence[Batch], *, seeds: Sequence[int], stop: bool) -> Update:
+    def queues(self, live: Live) -> bool:  # noqa: ARG002
+        """DeepSpeed reads itself, in each update, whether it is to be made."""
+        return False
+
+    def update(
+        self,
+        live: Live,
+        batches: Sequence[Batch],
+        *,
+        seeds: Sequence[int],
+        stop: bool,
+        after: Queued | None = None,  # noqa: ARG002
+    ) -> Queued:
         engine: Any = live.wrapped
         labels_here = sum(num_label_tokens(batch) for batch in batches)
         [num_labels, num_stops] = self.processes.sum([labels_here, stop])
@@ -89,7 +101,8 @@ class DeepSpeedEngine:
         engine.step()
         applied = bool(engine.was_step_applied())
         grad_norm = float(engine.get_global_grad_norm()) if applied else math.nan
-        return Update(loss=total / num_labels, grad_norm=grad_norm, applied=applied, stop=num_stops > 0)
+        measured = torch.tensor([total / num_labels, grad_norm], dtype=torch.float64)
+        return Queued(measured=measured, failed=torch.tensor(not applied), stop=num_stops > 0)
 
     def sent_per_gradient_byte(self, num_micro_batches: int) -> float:
         n = self.processes.world_size

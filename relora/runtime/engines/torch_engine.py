@@ -1,6 +1,5 @@
 """Updates by torch's own autograd and optimizer: what one process, DDP and FSDP2 have in common."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,7 +13,7 @@ from relora.method.outer import OuterOptimizer
 from relora.method.restart import RestartReport, restart
 from relora.method.store import Store
 from relora.model import num_label_tokens, token_losses
-from relora.runtime.engines.base import Batch, Live, Update, on_device
+from relora.runtime.engines.base import Batch, Live, Queued, on_device
 from relora.runtime.engines.processes import Processes
 
 
@@ -43,32 +42,32 @@ class TorchEngine(ABC):
     def compile(self, live: Live) -> None:
         live.model.compile()
 
-    def update(self, live: Live, batches: Sequence[Batch], *, seeds: Sequence[int], stop: bool) -> Update:
+    def queues(self, live: Live) -> bool:
+        """The fused AdamW alone can be told on the device to leave everything as it is."""
+        can_be_told = getattr(live.optimizer, "_step_supports_amp_scaling", False)
+        return can_be_told and all(p.device == self.processes.device for p in live.model.parameters())
+
+    def update(
+        self, live: Live, batches: Sequence[Batch], *, seeds: Sequence[int], stop: bool, after: Queued | None = None
+    ) -> Queued:
         labels_here = sum(num_label_tokens(batch) for batch in batches)
         [num_labels, num_stops] = self.processes.sum([labels_here, stop])
         num_labels = max(num_labels, 1)
         live.optimizer.zero_grad(set_to_none=True)
-        losses = []
-        for batch, seed in zip(batches, seeds, strict=True):
-            torch.manual_seed(seed)
-            with self._reduce_gradients(live, last=batch is batches[-1]):
-                loss = self._token_losses(live.wrapped, batch)
-                # The mean over ranks is taken of gradients; the loss is a sum over ranks and tokens.
-                torch.autograd.backward(loss * (self.processes.world_size / num_labels))
-            losses.append(loss.detach())
+        loss = self._backward(live, batches, seeds, num_labels)
         trained = [p for p in live.wrapped.parameters() if p.grad is not None]
         norm = self._total_norm([p.grad for p in trained if p.grad is not None])
-        total, norms = self._read_sums(torch.stack([torch.stack(losses).sum(), norm]))
-        finite = math.isfinite(total) and math.isfinite(norms)
-        if finite:
-            if self._max_grad_norm is not None:
-                # foreach must be asked for: by itself torch takes DTensors one at a time.
-                torch.nn.utils.clip_grads_with_norm_(trained, self._max_grad_norm, norm, foreach=True)
-            live.optimizer.step()
+        measured = self._measured(loss, norm, num_labels)
+        queues = self.queues(live)
+        if not queues:
+            measured = torch.tensor(measured.tolist(), dtype=torch.float64)
+        failed = ~measured.isfinite().all()
+        if after is not None:
+            failed |= after.failed
+        if queues or not failed:
+            self._step(live, trained, norm, unless=failed if queues else None)
         live.optimizer.zero_grad(set_to_none=True)
-        # The same norm on every rank, but where each trains parameters of its own.
-        mean_norm = norms / self.processes.world_size
-        return Update(loss=total / num_labels, grad_norm=mean_norm, applied=finite, stop=num_stops > 0)
+        return Queued(measured=measured, failed=failed, stop=num_stops > 0)
 
     def sent_per_gradient_byte(self, num_micro_batches: int) -> float:  # noqa: ARG002
         n = self.processes.world_size
@@ -98,14 +97,36 @@ class TorchEngine(ABC):
     def _total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         return torch.nn.utils.get_total_norm(gradients, foreach=True)
 
-    def _read_sums(self, measured: Tensor) -> list[float]:
-        """Sums over all ranks, in float64, of what was measured on the device; what is not finite anywhere is not then.
+    def _backward(self, live: Live, batches: Sequence[Batch], seeds: Sequence[int], num_labels: float) -> Tensor:
+        """Gradients of the mean loss over all ranks; returns the sum of this rank's token losses."""
+        losses = []
+        for batch, seed in zip(batches, seeds, strict=True):
+            torch.manual_seed(seed)
+            with self._reduce_gradients(live, last=batch is batches[-1]):
+                loss = self._token_losses(live.wrapped, batch)
+                # The mean over ranks is taken of gradients; the loss is a sum over ranks and tokens.
+                torch.autograd.backward(loss * (self.processes.world_size / num_labels))
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
-        The one time in an update that the host waits for the device: the clock depends on it.
-        """
-        sums = measured.double()
+    def _measured(self, loss: Tensor, norm: Tensor, num_labels: float) -> Tensor:
+        """Mean loss and gradient norm of all ranks, on the device; not finite where they were not anywhere."""
+        sums = torch.stack([loss, norm]).double()
         self.processes.add_up(sums)
-        return list(sums.tolist())
+        # The same norm on every rank, but where each trains parameters of its own. No tensor of divisors: to bring
+        # it to the device the host would wait.
+        return torch.stack([sums[0] / num_labels, sums[1] / self.processes.world_size])
+
+    def _step(self, live: Live, trained: Sequence[nn.Parameter], norm: Tensor, *, unless: Tensor | None) -> None:
+        """Clip and step; with `unless`, a bool on the device, the optimizer sees there whether it is to do nothing."""
+        if self._max_grad_norm is not None:
+            # foreach must be asked for: by itself torch takes DTensors one at a time.
+            torch.nn.utils.clip_grads_with_norm_(trained, self._max_grad_norm, norm, foreach=True)
+        optimizer: Any = live.optimizer
+        # The name by which torch's gradient scaler tells a fused optimizer.
+        optimizer.found_inf = None if unless is None else unless.float()
+        optimizer.step()
+        optimizer.found_inf = None
 
     def _autocast(self) -> torch.autocast:
         # Our own: accelerate's would copy the logits to fp32 and patch model.forward.
