@@ -2,6 +2,7 @@
 
 import json
 import resource
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -32,7 +33,7 @@ from relora.runtime.engines.deepspeed import DeepSpeedEngine
 from relora.runtime.engines.fsdp2 import FSDP2Engine
 from relora.runtime.engines.torch_engine import TorchEngine
 from relora.stages import Stage, make_trainable
-from tests.processes import ROOT
+from tests.processes import ROOT, run
 from tests.tiny import MODEL as MODEL_OF_TESTS
 
 FULL, LOW = Stage("warm_start", 4), Stage("relora", 12)
@@ -276,6 +277,12 @@ def test_the_command(
         found["peaks"]["relora"]["update"], found["memory"]["relora"]["restart"]
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_nothing_but_the_plan_is_said(tiny_run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    # In a process of its own: torch warns once.
+    told = run([sys.executable, "-m", "relora", "plan", written(tiny_run(), tmp_path)])
+    assert (told.returncode, told.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

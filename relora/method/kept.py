@@ -67,4 +67,4 @@ def _drop(weak: "weakref.ref[KeptWeight]") -> None:
 
 
 def _state(parameters: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[object, ...]:
-    return (dtype, *((p.data_ptr(), p._version) for p in parameters))
+    return (dtype, *((p.untyped_storage()._cdata, p._version) for p in parameters))

@@ -17,7 +17,7 @@ from relora.method.routes import Route
 
 # A wide W + delta that is to be rounded stays in a CPU's cache, some rows at a time: the whole one would go to memory
 # and back (2048 x 5461, r = 128, two AMD EPYC cores: 18 ms in place of 26).
-_BLOCK_ROWS = 256
+BLOCK_ROWS = 256
 
 # fp32 rows of a product that begin anywhere in a CPU's cache lines are written slowly (4096 x 2048 x 5461, the same
 # cores: 704 ms in place of 490).
@@ -97,7 +97,7 @@ class Projection:
         wide = torch.promote_types(self.weight.dtype, torch.promote_types(self.A.dtype, torch.float32))
         W, A, B = self.fixed.grid.decode(self.weight, wide), self.A.to(wide), self.B.to(wide)
         left, right = (A.T, B.T) if self.fixed.transposed else (B, A)
-        rows = _BLOCK_ROWS if dtype != wide and W.device.type == "cpu" else len(W)
+        rows = BLOCK_ROWS if dtype != wide and W.device.type == "cpu" else len(W)
         if len(W) <= rows or torch.compiler.is_compiling():
             return torch.addmm(W, left, right, alpha=self.fixed.scale).to(dtype)
         formed = torch.empty(W.shape, dtype=dtype, device=W.device)

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +116,8 @@ class PartStore(ABC):
     """What all stores have in common: full tensors out of parts, and frozen weights on their grids."""
 
     def __init__(self) -> None:
-        self._frozen: dict[int, FrozenLayer] = {}
+        # Weakly: a store outlives the stages whose models it reaches.
+        self._frozen = WeakValueDictionary[int, FrozenLayer]()
 
     @abstractmethod
     def stored_shape(self, parameter: nn.Parameter) -> torch.Size:
@@ -134,7 +136,7 @@ class PartStore(ABC):
         """As in Store."""
 
     def adopt(self, layers: Iterable[FrozenLayer]) -> None:
-        self._frozen = {id(layer.weight): layer for layer in layers}
+        self._frozen = WeakValueDictionary({id(layer.weight): layer for layer in layers})
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         layer = self._frozen.get(id(parameter))

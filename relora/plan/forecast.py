@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -19,7 +20,7 @@ from relora.plan.flops import (
     num_merged,
 )
 from relora.plan.memory import StageMemory, StageModel, assemble, stage_model
-from relora.plan.rehearsal import rehearse
+from relora.plan.rehearsal import Rehearsal, rehearse
 from relora.plan.sharing import Launch, Traffic, traffic
 from relora.plan.work import layer_work
 from relora.stages import Stage, stages
@@ -127,9 +128,12 @@ def _look(
     """The memory at the configured batch, and how it grows with the batch on a GPU."""
     batch = config.training.per_device_batch_size
 
+    @cache
+    def rehearsed(batch_size: int, on_gpu: bool) -> Rehearsal:
+        return rehearse(stage, config, hf_config, batch_size=batch_size, on_gpu=on_gpu)
+
     def at(batch_size: int, here: Launch) -> StageMemory:
-        rehearsed = rehearse(stage, config, hf_config, batch_size=batch_size, on_gpu=here.on_gpu)
-        return assemble(stage, config, here, model, rehearsed)
+        return assemble(stage, config, here, model, rehearsed(batch_size, here.on_gpu))
 
     small, on_gpu = max(batch, LEAST_ON_LINE), replace(launch, on_gpu=True)
     line = line_through(at(small, on_gpu), at(2 * small, on_gpu), small, 2 * small)

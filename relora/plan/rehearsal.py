@@ -4,6 +4,7 @@ torch's FakeTensorMode gives every tensor its shape, dtype and life, and no memo
 model really keeps, whatever its architecture: autocast, checkpointing, masks and the loss included.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from relora.config import Config, ModelSection, UserError
+from relora.method import projection
 from relora.method.lora import lora_layers
 from relora.method.merge import merge_layer
 from relora.method.store import TorchStore
@@ -78,12 +80,12 @@ def rehearse(
     """One micro-batch of `batch_size` samples and one step of the optimizer, in one process.
 
     Args:
-        on_gpu: whether torch's AdamW takes all parameters at once, as it does there.
+        on_gpu: whether torch's AdamW takes all parameters at once, and W + delta is formed in one piece, as there.
 
     Raises:
         UserError: the model cannot compute without values: torch knows no shapes for one of its operations.
     """
-    with fake() as live:
+    with fake() as live, whole_layers(on_gpu=on_gpu):
         model = fake_model(stage, config, hf_config)
         engine = LocalEngine(
             cast(Processes, OneProcess()),
@@ -104,6 +106,13 @@ def rehearse(
         optimizer_state=state,
         merge=merge,
     )
+
+
+@contextmanager
+def whole_layers(*, on_gpu: bool) -> Iterator[None]:
+    """Let W + delta be formed as on a GPU, although what has no values is on a CPU."""
+    with patch.object(projection, "BLOCK_ROWS", sys.maxsize) if on_gpu else nullcontext():
+        yield
 
 
 @contextmanager

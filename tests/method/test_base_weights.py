@@ -1,5 +1,7 @@
 """Frozen weights on coarser grids, and the exact masters beside them."""
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -124,6 +126,17 @@ def test_carried_factors_keep_more_of_the_function(base_dtype: base_weights.Base
         return relative(layer.grid.decode(layer.weight, torch.float32) + layer.delta(), expected)
 
     assert lacking(True) < 0.9 * lacking(False)
+
+
+def test_a_store_keeps_no_model() -> None:
+    model, store = toy(), TorchStore()
+    inject_lora(model, replace(CONFIG, base_dtype="nf4"))
+    layers = [weakref.ref(layer) for layer in lora_layers(model).values()]
+    store.adopt(lora_layers(model).values())
+    assert store.read(layers[0]().weight).shape == layers[0]().grid.shape
+    del model
+    gc.collect()
+    assert [layer() for layer in layers] == [None] * len(layers)
 
 
 def test_carried_factors_are_the_best_of_their_rank() -> None:
