@@ -20,12 +20,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from peaks import ALLOCATOR, MIB
+
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
-# Fixed thresholds: glibc would otherwise learn to keep ever larger blocks, and torch's freed tensors with them.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 STAGES = ("warm_start", "relora")
-MIB = 2**20
 TARGET = 0.10
 
 

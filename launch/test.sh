@@ -8,4 +8,4 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 cd -- "$root"
 bash launch/setup.sh deepspeed,plots,quantization,test
 # A file's tests share what they made; two at once are enough for two cores, and four for what torch takes of memory.
-exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile "$@"
+exec .venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder "$@"

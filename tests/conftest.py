@@ -16,6 +16,11 @@ def pytest_configure() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest file first: where several run at once, it would be alone at the end.
+    items.sort(key=lambda item: item.path.name != "test_quickstart.py")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     # Tiny models: more threads only fight with the processes that tests start.
