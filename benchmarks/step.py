@@ -28,6 +28,8 @@ from peaks import MIB, in_fresh_process, level, phase
 from tables import Limit, Row, options_of, publish
 from torch import nn
 
+from relora.model import COMPILE_OPTIONS
+
 OF_FULL, OF_PEFT = 0.85, 0.90
 
 
@@ -98,7 +100,7 @@ def enter(name: str, contender: Contender, batch: Batch, options: argparse.Names
     eager = Entrant(name, contender, contender.model, footprint)
     if not options.compile:
         return [eager]
-    forward = torch.compile(contender.model)
+    forward = torch.compile(contender.model, options=COMPILE_OPTIONS)
     llama.update(forward, contender.optimizer, batch, bf16=options.bf16)
     with llama.counted_saves(contender.model) as saved:
         llama.mean_loss(forward, batch, bf16=options.bf16)

@@ -18,6 +18,9 @@ from transformers.initialization import no_init_weights
 from relora.config import DataSection, ModelSection, UserError, raise_if_any
 from relora.loss import IGNORED_LABEL, summed_cross_entropy
 
+# Inductor leaves rows that begin at cache lines to GPUs, though a CPU's products need them too (as `place_of`).
+COMPILE_OPTIONS = {"disable_padding_cpu": False}
+
 
 def load_hf_config(section: ModelSection) -> PretrainedConfig:
     """The Hugging Face config of the model, from the JSON file, the inline mapping or the pretrained model.
@@ -130,6 +133,11 @@ def recompute_activations(model: nn.Module) -> None:
     cast(PreTrainedModel, model).activation_checkpointing_enable(
         activation_checkpointing_kwargs={"use_reentrant": False}
     )
+
+
+def compile_in_place(module: nn.Module) -> None:
+    """Let torch.compile compute `module`, which stays the object that it is."""
+    module.compile(options=COMPILE_OPTIONS)
 
 
 def num_label_tokens(batch: Mapping[str, Tensor]) -> int:

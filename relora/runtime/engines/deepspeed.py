@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from relora.method.outer import OuterOptimizer
 from relora.method.restart import RestartReport, restart
-from relora.model import num_label_tokens, token_losses
+from relora.model import compile_in_place, num_label_tokens, token_losses
 from relora.runtime.engines.base import Batch, Live, Queued, on_device
 from relora.runtime.engines.processes import Processes
 from relora.runtime.engines.zero_store import ZeroStore
@@ -63,7 +63,7 @@ class DeepSpeedEngine:
         return restart(live.model, live.optimizer, store=self.store, **how)
 
     def compile(self, live: Live) -> None:
-        live.model.compile()
+        compile_in_place(live.model)
 
     def queues(self, live: Live) -> bool:  # noqa: ARG002
         """DeepSpeed reads itself, in each update, whether it is to be made."""

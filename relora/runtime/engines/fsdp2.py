@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from relora.method.slots import Slot, fresh_state, moments, set_step
 from relora.method.store import Part
-from relora.model import recompute_activations
+from relora.model import compile_in_place, recompute_activations
 from relora.runtime.engines.base import Live
 from relora.runtime.engines.options import FSDPOptions
 from relora.runtime.engines.processes import Processes
@@ -68,7 +68,7 @@ class FSDP2Engine(TorchEngine):
     def compile(self, live: Live) -> None:  # noqa: ARG002
         """Block by block: the hooks that gather a block stand between them."""
         for unit in self._units:
-            unit.compile()
+            compile_in_place(unit)
 
     def release(self, live: Live) -> None:
         super().release(live)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from relora.method.outer import OuterOptimizer
 from relora.method.restart import RestartReport, restart
 from relora.method.store import Store
-from relora.model import num_label_tokens, token_losses
+from relora.model import compile_in_place, num_label_tokens, token_losses
 from relora.runtime.engines.base import Batch, Live, Queued, on_device
 from relora.runtime.engines.processes import Processes
 
@@ -40,7 +40,7 @@ class TorchEngine(ABC):
         return restart(live.model, live.optimizer, store=self.store, **how)
 
     def compile(self, live: Live) -> None:
-        live.model.compile()
+        compile_in_place(live.model)
 
     def queues(self, live: Live) -> bool:
         """The fused AdamW alone can be told on the device to leave everything as it is."""
