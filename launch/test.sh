@@ -2,6 +2,7 @@
 # Run the tests in an environment of their own making.
 #
 #   bash launch/test.sh [arguments of pytest]      as in: bash launch/test.sh -x tests/test_configs.py
+#                                                  (-n0: in one process, as --pdb and -s need it)
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)

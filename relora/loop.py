@@ -7,9 +7,9 @@ whose loss or gradient is not finite is not made there, nor are those behind it;
 """
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from relora.config.derived import Plan
 from relora.method.optimizer import set_learning_rate
@@ -21,6 +21,7 @@ from relora.runtime.state import Clock
 from relora.runtime.tracking import Tracker
 
 MAX_SKIPPED_IN_A_ROW = 10
+MOST_QUEUED = 32  # updates whose batches wait in host memory; a wait for the device after so many costs nothing
 
 
 class NotFiniteError(RuntimeError):
@@ -60,17 +61,16 @@ class Loop:
             NotFiniteError: 10 updates in a row had to be skipped.
         """
         meter, skipped = Meter(self.engine, self.live, self.plan.config), 0
-        batches = self.batches
+        unused = deque[Sequence[Batch]]()
         while clock.step < until:
             # What is queued behind an update that is not made is not made either: after one, each is looked at.
             end = clock.step + 1 if skipped else self._next_look(clock.step, until)
-            taken, queued = self._queue(clock, batches, meter, end=end)
+            taken, queued = self._queue(clock, unused, meter, end=end)
             updates = read(queued)
-            meter.waited()
+            meter.waited(len(updates))
             for update in updates:
                 clock, skipped = self._count(clock, update, skipped)
-            if unused := taken[len(updates) :]:
-                batches = chain(unused, batches)
+            unused.extendleft(reversed(taken[len(updates) :]))
             if skipped:
                 continue
             self._log(clock, updates[-1], meter)
@@ -85,17 +85,17 @@ class Loop:
         """The step up to which updates can be made without a look at what they measured."""
         if not self.engine.queues(self.live):
             return step + 1
-        logging_steps = self.plan.config.training.logging_steps
+        logging_steps, until = self.plan.config.training.logging_steps, min(until, step + MOST_QUEUED)
         looks = (later for later in range(step + 1, until) if later % logging_steps == 0 or self.due(later))
         return next(looks, until)
 
     def _queue(
-        self, clock: Clock, batches: Iterator[Sequence[Batch]], meter: Meter, *, end: int
+        self, clock: Clock, unused: deque[Sequence[Batch]], meter: Meter, *, end: int
     ) -> tuple[list[Sequence[Batch]], list[Queued]]:
         """Batches and updates up to step `end`, or to the one at which some rank has been asked to stop."""
         taken, queued = list[Sequence[Batch]](), list[Queued]()
         while clock.step < end and not (queued and queued[-1].stop):
-            taken.append(next(batches))
+            taken.append(unused.popleft() if unused else next(self.batches))
             with meter.measured(len(taken[-1])):
                 queued.append(self._update(clock, taken[-1], after=queued[-1] if queued else None))
             clock = clock.applied(self._num_samples)

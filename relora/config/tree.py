@@ -156,7 +156,7 @@ class ReloraSection(Section):
 class OptimSection(Section):
     name: Literal["adamw", "adamw_fused", "adamw_8bit"] = Field(
         "adamw",
-        description="torch's AdamW; adamw_fused: its fused kernel, and no wait for the device between updates; "
+        description="torch's AdamW; adamw_fused: its fused kernel, which a GPU need not wait for between updates; "
         "adamw_8bit: bitsandbytes', moments in 8 bits (one process or DDP)",
     )
     learning_rate: NotNegative = Field(1e-3, description="peak learning rate")

@@ -4,6 +4,7 @@ import weakref
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from relora.method.projection import Projection, no_autocast
@@ -67,4 +68,9 @@ def _drop(weak: "weakref.ref[KeptWeight]") -> None:
 
 
 def _state(parameters: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[object, ...]:
-    return (dtype, *((p.untyped_storage()._cdata, p._version) for p in parameters))
+    return (dtype, *((_storage(p), p.storage_offset(), p._version) for p in parameters))
+
+
+def _storage(tensor: Tensor) -> StorageWeakRef:
+    """Told from every other one for as long as this is kept: the address alone would be used again."""
+    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]

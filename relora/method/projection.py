@@ -21,7 +21,7 @@ BLOCK_ROWS = 256
 
 # fp32 rows of a product that begin anywhere in a CPU's cache lines are written slowly (4096 x 2048 x 5461, the same
 # cores: 704 ms in place of 490).
-_LINE_BYTES = 64
+LINE_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,10 @@ def as_right(W: Tensor, fixed: Fixed) -> Tensor:
 def place_of(left: Tensor, right: Tensor) -> Tensor | None:
     """Where left @ right is to be written, each row from the beginning of a cache line on; None for anywhere."""
     columns, size = right.shape[1], left.dtype.itemsize
-    is_slow = left.device.type == "cpu" and size >= 4 and columns * size % _LINE_BYTES != 0
+    is_slow = left.device.type == "cpu" and size >= 4 and columns * size % LINE_BYTES != 0
     if not is_slow or torch.compiler.is_compiling():
         return None
-    in_line = _LINE_BYTES // size
+    in_line = LINE_BYTES // size
     return left.new_empty_strided((len(left), columns), (-(-columns // in_line) * in_line, 1))
 
 

@@ -85,7 +85,7 @@ def rehearse(
     Raises:
         UserError: the model cannot compute without values: torch knows no shapes for one of its operations.
     """
-    with fake() as live, whole_layers(on_gpu=on_gpu):
+    with fake() as live, layers_as_there(on_gpu=on_gpu):
         model = fake_model(stage, config, hf_config)
         engine = LocalEngine(
             cast(Processes, OneProcess()),
@@ -109,9 +109,9 @@ def rehearse(
 
 
 @contextmanager
-def whole_layers(*, on_gpu: bool) -> Iterator[None]:
-    """Let W + delta be formed as on a GPU, although what has no values is on a CPU."""
-    with patch.object(projection, "BLOCK_ROWS", sys.maxsize) if on_gpu else nullcontext():
+def layers_as_there(*, on_gpu: bool) -> Iterator[None]:
+    """Let the kernels form and lay out as on a GPU, although what has no values is on a CPU."""
+    with patch.multiple(projection, BLOCK_ROWS=sys.maxsize, LINE_BYTES=1) if on_gpu else nullcontext():
         yield
 
 

@@ -37,14 +37,12 @@ class Meter:
                 self._bytes_sent = self._beside_full_rank(traffic.bytes_sent)
         else:
             yield
-        self._updates += 1
-        self.waited()
 
-    def waited(self) -> None:
-        """The time until now was that of updates."""
+    def waited(self, num_updates: int) -> None:
+        """The time until now was that of so many updates; of those that have to be made again it is time lost."""
         now_s = time.perf_counter()
         self._busy_s += now_s - self._start_s
-        self._start_s = now_s
+        self._start_s, self._updates = now_s, self._updates + num_updates
 
     def restart_clock(self) -> None:
         self._start_s = time.perf_counter()

@@ -365,6 +365,15 @@ def test_a_kept_weight_follows_its_dtype_and_every_parameter() -> None:
         torch.testing.assert_close(layer(x), reference(layer, x))
 
 
+def test_a_kept_weight_follows_parameters_that_are_replaced() -> None:
+    layer, x = layer_of("merged", keep_merged=True), torch.randn(3, D_IN)
+    for _ in range(4):
+        layer(x)
+        for _ in range(2):  # the second one takes the place in memory that the first has left
+            layer.lora_B.data = torch.randn(D_OUT, R)
+        torch.testing.assert_close(layer(x), reference(layer, x))
+
+
 def test_what_is_kept_is_no_part_of_the_model_and_goes_at_updates_and_restarts() -> None:
     model = toy()
     inject_lora(model, LoRAConfig(**{**vars(CONFIG), "forward": "merged", "keep_merged": True}))

@@ -32,7 +32,7 @@ from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.method.store import Part
 from relora.model import num_label_tokens, token_losses
-from relora.runtime.engines import Batch, Engine, Live, Update, connect, read
+from relora.runtime.engines import Batch, Engine, Live, Update, connect, read, torch_engine
 from relora.runtime.rebuild import load_weights
 from relora.runtime.state import Held
 from relora.runtime.weights import Handover
@@ -82,7 +82,8 @@ def main() -> None:
 
     engine.release(live)
     if not engine.name.startswith("DeepSpeed"):
-        tell("queued", **queued(engine, expected["switch"]))
+        with patch.object(torch_engine, "IMMEDIATE", ()):
+            tell("queued", **queued(engine, expected["switch"]))
     with patch("relora.runtime.engines.Processes", return_value=engine.processes):  # they have joined already
         tell("bf16", **bf16(expected["before restart"]))
     engine.processes.close()

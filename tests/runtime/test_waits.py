@@ -52,6 +52,12 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU can queue as well, though it gains nothing."""
+    monkeypatch.setattr(torch_engine, "IMMEDIATE", ())
+
+
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
     """Filled by whatever run comes next."""
@@ -122,10 +128,22 @@ def test_a_run_waits_only_where_something_is_told_or_due(
     assert max(reads.forward) <= NUM_MICRO_BATCHES
 
 
-def test_other_optimizers_are_looked_at_each_time(tiny_run: Callable[..., dict[str, Any]], reads: Reads) -> None:
+@pytest.mark.parametrize(("name", "immediate"), [("adamw", ()), ("adamw_fused", ("cpu",))])
+def test_else_every_update_is_looked_at(
+    tiny_run: Callable[..., dict[str, Any]], reads: Reads, monkeypatch: pytest.MonkeyPatch, name: str, immediate: Any
+) -> None:
+    monkeypatch.setattr(torch_engine, "IMMEDIATE", immediate)
     tree = settings_of(tiny_run, "run", max_steps=6)
-    train(check(tree | {"optim": tree["optim"] | {"name": "adamw"}}))
+    train(check(tree | {"optim": tree["optim"] | {"name": name}}))
     assert reads.results == [1] * 6
+
+
+def test_no_more_wait_in_memory_than_allowed(
+    tiny_run: Callable[..., dict[str, Any]], reads: Reads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "MOST_QUEUED", 2)
+    train(check(settings_of(tiny_run, "run", logging_steps=100)))
+    assert list(accumulate(reads.results)) == [2, 4, 6, 8, 9, 11, 13, 14, 16]
 
 
 @pytest.mark.parametrize("logging_steps", [3, 100])

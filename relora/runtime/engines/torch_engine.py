@@ -16,6 +16,9 @@ from relora.model import compile_in_place, num_label_tokens, token_losses
 from relora.runtime.engines.base import Batch, Live, Queued, on_device
 from relora.runtime.engines.processes import Processes
 
+# Devices that have computed when they are asked for the next thing: there is nothing to wait for.
+IMMEDIATE = ("cpu",)
+
 
 class TorchEngine(ABC):
     """An engine whose gradients are in `parameter.grad` after a backward pass, averaged over the ranks."""
@@ -43,9 +46,10 @@ class TorchEngine(ABC):
         compile_in_place(live.model)
 
     def queues(self, live: Live) -> bool:
-        """The fused AdamW alone can be told on the device to leave everything as it is."""
-        can_be_told = getattr(live.optimizer, "_step_supports_amp_scaling", False)
-        return can_be_told and all(p.device == self.processes.device for p in live.model.parameters())
+        """The fused AdamW alone can be told, on the device where its parameters are, to leave everything as it is."""
+        device = self.processes.device.type
+        can_be_told = getattr(live.optimizer, "_step_supports_amp_scaling", False) and device not in IMMEDIATE
+        return can_be_told and all(p.device.type == device for p in live.model.parameters())
 
     def update(
         self, live: Live, batches: Sequence[Batch], *, seeds: Sequence[int], stop: bool, after: Queued | None = None
