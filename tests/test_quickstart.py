@@ -1,7 +1,6 @@
-"""The quickstart as a user sees it: what its run must show, and what a run that learns nothing must not."""
+"""The quickstart as a user sees it, by one thread: what it must show, and what one that learns nothing must not."""
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,6 @@ def relora(*arguments: str) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("quickstart")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _all_cores() -> Iterator[None]:
-    """As for a user; and the same number of threads for both runs, or they are not the same to the bit."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("OMP_NUM_THREADS", raising=False)
-        yield
 
 
 @pytest.fixture(scope="module")
