@@ -93,7 +93,7 @@ def parts_of(profile: cProfile.Profile) -> list[Row]:
     ]
     whole = max(found)[0]
     return [
-        {"function": name, "calls": calls, "s": seconds, "%": 100 * seconds / whole}
+        {"function": name, "calls": calls, "s": seconds, "%": 100 * (seconds / whole)}
         for seconds, name, calls in sorted(found, reverse=True)
         if seconds >= PART_OF_RESTART * whole
     ]

@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from relora.config import DataSection, ModelSection, UserError, raise_if_any
 from relora.loss import IGNORED_LABEL, summed_cross_entropy
 
-# Inductor leaves rows that begin at cache lines to GPUs, though a CPU's products need them too (as `place_of`).
+# Inductor leaves rows that begin at cache lines to GPUs, though a CPU's products need them too (as `product`).
 COMPILE_OPTIONS = {"disable_padding_cpu": False}
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from relora.method.projection import Fixed, Projection, as_right, compute_dtype, no_autocast, place_of
+from relora.method.projection import Fixed, Projection, as_right, compute_dtype, no_autocast, product
 
 _NUM_TENSORS = 5  # of a projection
 
@@ -25,7 +25,7 @@ def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
         projections: all of one d_in and r.
 
     Returns:
-        For each (..., d_out), on a CPU perhaps with space between the rows (`place_of`).
+        For each (..., d_out), on a CPU perhaps with space between the rows (`product`).
     """
     rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
     fixed, tensors = tuple(p.fixed for p in projections), [t for p in projections for t in p.tensors]
@@ -82,7 +82,7 @@ class _AddFrozen(torch.autograd.Function):
         ctx.fixed = fixed
         ctx.save_for_backward(weight)
         W = as_right(fixed.grid.decode(weight, x.dtype), fixed)
-        return torch.addmm(low, x, W, out=place_of(x, W))
+        return product(x, W, added=low)
 
     @staticmethod
     @once_differentiable
@@ -92,7 +92,7 @@ class _AddFrozen(torch.autograd.Function):
         [weight] = ctx.saved_tensors
         with no_autocast(dy.device.type):
             W = as_right(ctx.fixed.grid.decode(weight, dy.dtype), ctx.fixed)
-            return None, torch.mm(dy, W.T, out=place_of(dy, W.T)), None, dy
+            return None, product(dy, W.T), None, dy
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +149,7 @@ def _terms_of_dx(used: Sequence[_Used], gs: Sequence[Tensor | None]) -> Iterator
 
 def _sum_of_products(terms: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
     left, right = next(terms)
-    total = torch.mm(left, right, out=place_of(left, right))
+    total = product(left, right)
     for left, right in terms:
         total.addmm_(left, right)
     return total

@@ -67,19 +67,15 @@ class Projection:
         return self.fixed.route == "merged"
 
     def merged_output(self, x: Tensor) -> Tensor:
-        W = self.merged(x.dtype)
-        y = place_of(x, W)
-        return torch.mm(x, W, out=y) if self.bias is None else torch.addmm(self.bias.to(x.dtype), x, W, out=y)
+        return product(x, self.merged(x.dtype), added=None if self.bias is None else self.bias.to(x.dtype))
 
     def factored_output(self, x: Tensor, h: Tensor) -> Tensor:
         """h: x A^T."""
         B, W = self.scaled_B(x.dtype), self.frozen(x.dtype)
-        y = place_of(h, B.T)
-        if self.bias is None:
-            return torch.mm(h, B.T, out=y).addmm_(x, W)
-        if x.dtype.itemsize < 4:
-            return torch.mm(h, B.T, out=y).addmm_(x, W).add_(self.bias)
-        return torch.addmm(self.bias.to(x.dtype), h, B.T, out=y).addmm_(x, W)
+        if self.bias is not None and x.dtype.itemsize >= 4:
+            return product(h, B.T, added=self.bias.to(x.dtype)).addmm_(x, W)
+        y = product(h, B.T).addmm_(x, W)
+        return y if self.bias is None else y.add_(self.bias)
 
     def scaled_B(self, dtype: torch.dtype) -> Tensor:
         return (self.B * self.fixed.scale).to(dtype)
@@ -112,8 +108,14 @@ def as_right(W: Tensor, fixed: Fixed) -> Tensor:
     return W if fixed.transposed else W.T
 
 
-def place_of(left: Tensor, right: Tensor) -> Tensor | None:
-    """Where left @ right is to be written, each row from the beginning of a cache line on; None for anywhere."""
+def product(left: Tensor, right: Tensor, *, added: Tensor | None = None) -> Tensor:
+    """left @ right + added; on a CPU each row begins at a cache line, if need be with space between the rows."""
+    place = _place_of(left, right)
+    return torch.mm(left, right, out=place) if added is None else torch.addmm(added, left, right, out=place)
+
+
+def _place_of(left: Tensor, right: Tensor) -> Tensor | None:
+    """Where left @ right is to be written; None for anywhere."""
     columns, size = right.shape[1], left.dtype.itemsize
     is_slow = left.device.type == "cpu" and size >= 4 and columns * size % LINE_BYTES != 0
     if not is_slow or torch.compiler.is_compiling():
