@@ -27,13 +27,13 @@ import torch
 from peaks import MIB, in_fresh_process, phase
 from tables import Limit, options_of, publish
 
+from relora.checkpoint.load import complete_checkpoints, open_checkpoint, verify_checkpoint
+from relora.checkpoint.save import Checkpoints
+from relora.checkpoint.state import Clock, State
 from relora.config import Config, check
-from relora.model import load_hf_config
-from relora.runtime.checkpoint import Checkpoints
-from relora.runtime.engines import Engine, Live, connect
-from relora.runtime.restore import complete_checkpoints, open_checkpoint, verify_checkpoint
-from relora.runtime.state import Clock, State
-from relora.stages import Stage, build
+from relora.engines import Engine, TrainState, connect
+from relora.model.model import load_hf_config
+from relora.train.stages import Stage, build
 
 OVER_FLOOR = 1.25
 # A tensor that is read stands there twice: the mapped pages of the file, and what they are copied to.
@@ -111,12 +111,12 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         forget(newest)
         timed(timings[VERIFY], lambda: verify_checkpoint(newest), lambda: num_bytes)
         timed(timings[BUILD], lambda: build(STAGE, open_checkpoint(newest), **how), lambda: num_bytes)
-    engine.processes.close()
+    engine.world.close()
     return {"rows": [timing.row(name) for name, timing in timings.items()], "largest": largest}
 
 
 def save_all(
-    live: Live, engine: Engine, folder: Path, timings: dict[str, Timing], *, config: Config, rounds: int
+    live: TrainState, engine: Engine, folder: Path, timings: dict[str, Timing], *, config: Config, rounds: int
 ) -> None:
     """Two checkpoints a cycle, and beside the first as many plain bytes."""
     checkpoints = Checkpoints(folder, limit=2, writes=True)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora import inject_lora
+from relora.method.inject import find_targets
 from relora.method.lora import LoRAConfig, lora_layers
-from relora.method.targets import find_targets
 
 LEARNING_RATE = 1e-3
 # GaLore and APOLLO choose a new subspace every so many updates, as their papers do.

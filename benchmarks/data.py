@@ -17,11 +17,11 @@ from pathlib import Path
 from tables import Limit, options_of, publish
 
 from relora import LoRAConfig, build_optimizer, inject_lora
-from relora.config.tree import DataSection, ModelSection
+from relora.config.schema import DataSection, ModelSection
 from relora.data import PreparedData, prepare
-from relora.data.stdlib import stdlib_texts
-from relora.data.writing import usable_cores
-from relora.model import build_model, load_hf_config, token_losses
+from relora.data.local_files import stdlib_texts
+from relora.data.tokenize import usable_cores
+from relora.model.model import build_model, load_hf_config, token_losses
 
 VOCAB_SIZE = 32_000
 PREPARING, FINDING, READING = "prepare, MB/s per process", "find sample 10**9, us", "reading, % of that step"

@@ -63,17 +63,17 @@ def resumed(target: str, folder: Path, corpus: Path, precision: str) -> dict[str
 def go_on(configs: list[str]) -> None:
     """In each process of a launch: finish several runs one after the other, in one process group."""
     from relora.config import load_config
-    from relora.job import newest_state, open_job
-    from relora.runtime.engines import connect
-    from relora.train import run
+    from relora.engines import connect
+    from relora.train.run import newest_state, open_run
+    from relora.train.train import run
 
     engine = connect(load_config(configs[0]))
     for config in configs:
-        job = open_job(load_config(config))
+        job = open_run(load_config(config))
         state = newest_state(job)
         assert state.clock.step == STOP, f"{config}: goes on from {state.clock.step}"
         run(job, engine, state)
-    engine.processes.close()
+    engine.world.close()
 
 
 def difference(run: Path, reference: Path) -> str:

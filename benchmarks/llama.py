@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora import LoRAConfig, build_optimizer
-from relora.config.tree import ModelSection
+from relora.config.schema import ModelSection
 from relora.method.base_weights import BaseDtype
-from relora.model import build_model, load_hf_config, num_label_tokens, token_losses
+from relora.model.model import build_model, load_hf_config, num_label_tokens, token_losses
 
 MAX_GRAD_NORM = 1.0
 Batch = dict[str, Tensor]

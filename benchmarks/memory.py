@@ -68,22 +68,22 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
     """The phases of a run, by the functions that a run goes through."""
     import torch
 
+    from relora.checkpoint.load import complete_checkpoints, open_checkpoint
+    from relora.checkpoint.save import Checkpoints
+    from relora.checkpoint.state import Clock, State
     from relora.config import check
-    from relora.model import load_hf_config
-    from relora.runtime.checkpoint import Checkpoints
-    from relora.runtime.engines import connect
-    from relora.runtime.restore import complete_checkpoints, open_checkpoint
-    from relora.runtime.state import Clock, State
-    from relora.stages import Stage, build, switch
+    from relora.engines import connect
+    from relora.model.model import load_hf_config
+    from relora.train.stages import Stage, build, switch
 
     config = check(settings(hidden_size, num_layers))
     hf_config, engine, table = load_hf_config(config.model), connect(config), dict[str, Phase]()
     full, low = Stage("warm_start", 2), Stage("relora", 10)
     how: dict[str, Any] = {"config": config, "hf_config": hf_config, "engine": engine}
-    ids = torch.randint(1000, (1, 64), generator=torch.Generator().manual_seed(engine.processes.rank))
+    ids = torch.randint(1000, (1, 64), generator=torch.Generator().manual_seed(engine.world.process_index))
     batch = {"input_ids": ids, "labels": ids}
-    folder = Path(from_first(tempfile.mkdtemp() if engine.processes.rank == 0 else ""))
-    checkpoints = Checkpoints(folder, limit=None, writes=engine.processes.rank == 0)
+    folder = Path(from_first(tempfile.mkdtemp() if engine.world.process_index == 0 else ""))
+    checkpoints = Checkpoints(folder, limit=None, writes=engine.world.process_index == 0)
     about = {"fingerprint": "", "data": ""}
 
     with peaks.phase() as table["build the warm start"]:
@@ -106,15 +106,15 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
         engine.restart(live, seed=0, index=1)
     with peaks.phase() as table["save, low rank"]:
         checkpoints.save(live, engine, Clock(3, 3), stage="relora", cycle=1, about=about)
-    engine.processes.barrier()
+    engine.world.barrier()
     engine.release(live)
     del live
     gc.collect()
     with peaks.phase() as table["resume, low rank"]:
         resumed = build(low, open_checkpoint(complete_checkpoints(folder)[-1]), **how)
     del resumed
-    report(engine_name, engine.processes.rank, table, block)
-    engine.processes.close()
+    report(engine_name, engine.world.process_index, table, block)
+    engine.world.close()
 
 
 def update(engine: Any, live: Any, batch: Any) -> None:

@@ -94,11 +94,11 @@ def settings(model: str, precision: str) -> list[str]:
 def predicted(stage: str, overrides: Sequence[str]) -> int:
     """The peak that the plan says."""
     from relora.config import load_config
-    from relora.model import load_hf_config
-    from relora.plan.memory import assemble, stage_model
-    from relora.plan.rehearsal import rehearse
-    from relora.plan.sharing import Launch
-    from relora.stages import Stage
+    from relora.forecast.dry_run import rehearse
+    from relora.forecast.engine_costs import Launch
+    from relora.forecast.memory import assemble, stage_model
+    from relora.model.model import load_hf_config
+    from relora.train.stages import Stage
 
     config = load_config(QUICKSTART, overrides)
     hf_config, launch = load_hf_config(config.model), Launch("one", 1, on_gpu=False)
@@ -132,11 +132,11 @@ def train(stage: str, overrides: Sequence[str]) -> None:
     """Three updates of a stage on random tokens and, at low rank, a restart."""
     import torch
 
+    from relora.checkpoint.state import State
     from relora.config import load_config
-    from relora.model import load_hf_config
-    from relora.runtime.engines import connect
-    from relora.runtime.state import State
-    from relora.stages import Stage, build
+    from relora.engines import connect
+    from relora.model.model import load_hf_config
+    from relora.train.stages import Stage, build
 
     config = load_config(QUICKSTART, overrides)
     hf_config, engine = load_hf_config(config.model), connect(config)

@@ -28,7 +28,7 @@ from peaks import MIB, in_fresh_process, level, phase
 from tables import Limit, Row, options_of, publish
 from torch import nn
 
-from relora.model import COMPILE_OPTIONS
+from relora.model.model import COMPILE_OPTIONS
 
 OF_FULL, OF_PEFT = 0.85, 0.90
 

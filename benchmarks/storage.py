@@ -17,8 +17,8 @@ from typing import Any
 
 from tables import Limit, Row, options_of, publish
 
-from relora.runtime.metrics import read_metrics
-from relora.tools.eval import held_out
+from relora.commands.eval import held_out
+from relora.tracking.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = "float32"

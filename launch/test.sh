@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run the tests in an environment of their own making.
 #
-#   bash launch/test.sh [arguments of pytest]      as in: bash launch/test.sh -x tests/test_configs.py
+#   bash launch/test.sh [arguments of pytest]      as in: bash launch/test.sh -x tests/end_to_end/test_configs.py
 #                                                  (-n0: in one process, as --pdb and -s need it)
 set -euo pipefail
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from relora.config import Config, UserError, load_config
-from relora.runtime.signals import EXIT_STOPPED, Stopped
+from relora.train.signals import EXIT_STOPPED, Stopped
 
 EXIT_USER_ERROR = 2
 
@@ -97,51 +97,51 @@ def _config(options: argparse.Namespace) -> Config:
 
 # The imports stand in the functions: `relora --help` and a mistake in a config need no torch.
 def _prepare(options: argparse.Namespace) -> None:
-    from relora.tools.prepare import prepare
+    from relora.commands.prepare import prepare
 
     prepare(_config(options))
 
 
 def _train(options: argparse.Namespace) -> None:
     config = _config(options)
-    from relora.train import train
+    from relora.train.train import train
 
     train(config, dry_run=options.dry_run, extend=options.extend)
 
 
 def _plan(options: argparse.Namespace) -> None:
     config = _config(options)
-    from relora.tools.plan import plan
+    from relora.commands.plan import plan
 
     plan(
         config,
         engine=options.engine,
-        num_processes=options.processes,
+        num_processes=options.world,
         device_gib=options.device_memory,
         json_path=options.json,
     )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from relora.tools.eval import evaluate
+    from relora.commands.eval import evaluate
 
     evaluate(options.run_or_model, load_config(options.config) if options.config else None)
 
 
 def _export(options: argparse.Namespace) -> None:
-    from relora.tools.export import export
+    from relora.commands.export import export
 
     export(options.run_folder, options.output, dtype=options.dtype, step=options.step)
 
 
 def _report(options: argparse.Namespace) -> None:
-    from relora.tools.report import report
+    from relora.commands.report import report
 
     report(options.run_folders, options.output)
 
 
 def _generate(options: argparse.Namespace) -> None:
-    from relora.tools.generate import generate
+    from relora.commands.generate import generate
 
     generate(
         options.run_or_model,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny import write_corpus
+from tests.helpers.tiny import write_corpus
 
 
 def pytest_configure() -> None:
@@ -44,6 +44,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_run(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Settings of a tiny run: `tiny_run(name, **overrides)` with overrides as `section__key=value`."""
-    from tests.tiny import settings
+    from tests.helpers.tiny import settings
 
     return lambda name="run", **overrides: settings(corpus, tmp_path / name, **overrides)

@@ -1,8 +1,8 @@
 """The typed tree of settings, its rules, and the numbers derived from it."""
 
 from relora.config.load import check, load_config
-from relora.config.problems import UserError, raise_if_any
-from relora.config.tree import Config, DataSection, LoraSection, ModelSection, SourceSection
+from relora.config.schema import Config, DataSection, LoraSection, ModelSection, SourceSection
+from relora.errors import UserError, raise_if_any
 
 __all__ = [
     "Config",

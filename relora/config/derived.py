@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from relora.config.reference import fields, part_of_the_run
-from relora.config.tree import Config
+from relora.config.schema import Config
 from relora.method.lora import LoRAConfig
 from relora.method.schedule import lr_multiplier, restart_due, restarts_done, stage
 
@@ -69,19 +69,19 @@ class Plan:
         return restarts_done(step, **self._restarts)
 
 
-def accumulation_steps(config: Config, world_size: int) -> int:
+def accumulation_steps(config: Config, num_processes: int) -> int:
     """Micro-batches per update and process.
 
     Raises:
-        ValueError: the global batch does not divide into per-device batches over `world_size` processes.
+        ValueError: the global batch does not divide into per-device batches over `num_processes` processes.
     """
     whole, part = config.training.global_batch_size, config.training.per_device_batch_size
-    if whole % (part * world_size):
+    if whole % (part * num_processes):
         raise ValueError(
             f"training.global_batch_size = {whole}: must be a multiple of training.per_device_batch_size x "
-            f"processes = {part} x {world_size} = {part * world_size}"
+            f"processes = {part} x {num_processes} = {part * num_processes}"
         )
-    return whole // (part * world_size)
+    return whole // (part * num_processes)
 
 
 def lora_config(config: Config) -> LoRAConfig:
@@ -102,11 +102,11 @@ def lora_config(config: Config) -> LoRAConfig:
     )
 
 
-def derived_numbers(config: Config, world_size: int) -> dict[str, Any]:
+def derived_numbers(config: Config, num_processes: int) -> dict[str, Any]:
     """For people: what the settings amount to."""
     plan, training = Plan(config), config.training
     numbers: dict[str, Any] = {
-        "gradient_accumulation_steps": accumulation_steps(config, world_size),
+        "gradient_accumulation_steps": accumulation_steps(config, num_processes),
         "tokens_per_update": training.global_batch_size * config.data.sequence_length,
         "tokens_in_all": training.max_steps * training.global_batch_size * config.data.sequence_length,
     }

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from relora.config.tree import Config
+from relora.config.schema import Config
 
 _WORDS = {int: "an integer", float: "a number", str: "a text", bool: "true or false", dict: "a mapping"}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
@@ -79,7 +79,7 @@ def markdown() -> str:
     lines = [
         "# Configuration reference",
         "",
-        "Made from `relora/config/tree.py` by `python -m relora.config`. A test keeps it true.",
+        "Made from `relora/config/schema.py` by `python -m relora.config`. A test keeps it true.",
         "Keys marked * say how the run is computed, not what: they may change when a run is resumed.",
     ]
     section = None

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from relora.config.tree import Config
+from relora.config.schema import Config
 
 
 @dataclass(frozen=True)

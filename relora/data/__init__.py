@@ -1,10 +1,9 @@
 """Sources -> tokens on disk -> the batch at a position."""
 
 from relora.data.batches import Batch, Samples, micro_batches
-from relora.data.files import check_files
-from relora.data.heldout import eval_batches, probe_batch, unigram_entropy
+from relora.data.dataset import PreparedData, check_amount, eval_batches, open_prepared, probe_batch, unigram_entropy
+from relora.data.local_files import check_files
 from relora.data.prepare import find_prepared, prepare
-from relora.data.prepared import PreparedData, check_amount, open_prepared
 
 __all__ = [
     "Batch",

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from relora.data.order import Mixture, row_of
-from relora.data.tokens import Row, TokenStream
+from relora.data.mixture import Mixture, row_of
+from relora.data.token_stream import Row, TokenStream
 
 Batch = dict[str, Tensor]
-NOT_A_LABEL = -100  # transformers' ignore_index
+IGNORED_LABEL = -100  # transformers' ignore_index
 READER_GRACE_S = 300
 NO_TOKENS = Row(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
@@ -26,14 +26,14 @@ def make_batch(rows: Sequence[Row], sequence_length: int, *, eos_id: int, docume
     each, and NOT_A_LABEL at the first token of a document, which nothing in its document predicts.
     """
     input_ids = np.full((len(rows), sequence_length), eos_id, dtype=np.int64)
-    labels = np.full_like(input_ids, NOT_A_LABEL)
+    labels = np.full_like(input_ids, IGNORED_LABEL)
     for input_row, label_row, row in zip(input_ids, labels, rows, strict=True):
         input_row[: len(row.tokens)] = row.tokens
         label_row[: len(row.tokens)] = row.tokens
     if not document_mask:
         return tensors({"input_ids": input_ids, "labels": labels})
     begins = document_begins(rows, sequence_length)
-    labels[begins] = NOT_A_LABEL
+    labels[begins] = IGNORED_LABEL
     return tensors({"input_ids": input_ids, "labels": labels, **places(begins)})
 
 
@@ -96,14 +96,16 @@ class Samples(Dataset[Batch]):
 class Positions:
     """The endless lists of positions that one rank reads, a micro-batch each, from update to update."""
 
-    def __init__(self, *, start: int, global_batch_size: int, batch_size: int, rank: int, world_size: int) -> None:
-        at_once = batch_size * world_size
+    def __init__(
+        self, *, start: int, global_batch_size: int, batch_size: int, process_index: int, num_processes: int
+    ) -> None:
+        at_once = batch_size * num_processes
         if global_batch_size % at_once:
             raise ValueError(
                 f"global_batch_size {global_batch_size} is no multiple of per_device_batch_size {batch_size} "
-                f"x {world_size} processes"
+                f"x {num_processes} processes"
             )
-        self.first = start + rank * batch_size
+        self.first = start + process_index * batch_size
         self.batch_size = batch_size
         self.at_once = at_once
 
@@ -121,14 +123,14 @@ def micro_batches(
     start: int,
     global_batch_size: int,
     per_device_batch_size: int,
-    rank: int,
-    world_size: int,
+    process_index: int,
+    num_processes: int,
     num_workers: int,
     pin_memory: bool = False,
 ) -> Generator[list[Batch], None, None]:
     """Endless: for each update from sample `start` on, the list of this rank's micro-batches [B, sequence_length].
 
-    Micro-batch m of rank r holds the samples start + (m * world_size + r) * B .. + B. What is in it depends on
+    Micro-batch m of rank r holds the samples start + (m * num_processes + r) * B .. + B. What is in it depends on
     neither num_workers nor the world size. The workers end when the iterator is closed or dropped. Raises ValueError,
     at once, if the global batch does not divide.
     """
@@ -136,8 +138,8 @@ def micro_batches(
         start=start,
         global_batch_size=global_batch_size,
         batch_size=per_device_batch_size,
-        rank=rank,
-        world_size=world_size,
+        process_index=process_index,
+        num_processes=num_processes,
     )
     num_micro_batches = global_batch_size // positions.at_once
     return grouped(loader_of(samples, positions, num_workers, pin_memory), num_micro_batches)

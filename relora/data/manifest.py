@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from relora.config.problems import UserError
+from relora.errors import UserError
 from relora.files import write_json
 
 FORMAT_VERSION = 1

@@ -11,8 +11,9 @@ from datasets import Dataset
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from relora.config.problems import UserError
-from relora.config.tree import DataSection
+from relora.config.schema import DataSection
+from relora.data.cache_key import Recipe, check_same, checked_tokenizer, folder_of, recipe_of
+from relora.data.dataset import TOKENIZER_FOLDER, PreparedData, open_prepared
 from relora.data.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -22,11 +23,10 @@ from relora.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from relora.data.prepared import TOKENIZER_FOLDER, PreparedData, open_prepared
-from relora.data.recipe import Recipe, check_same, checked_tokenizer, folder_of, recipe_of
 from relora.data.sources import TEXT, load_sources
+from relora.data.tokenize import TOKENS_FOLDER, Encoding, content_hash, num_pieces, usable_cores, write_stream
 from relora.data.tokenizer import num_ids, tokenizer_hash, train_tokenizer
-from relora.data.writing import TOKENS_FOLDER, Encoding, content_hash, num_pieces, usable_cores, write_stream
+from relora.errors import UserError
 from relora.files import sync, write_json
 
 LOCK = ".lock"

@@ -10,10 +10,17 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
-from relora.config.problems import UserError, raise_if_any
-from relora.config.tree import DataSection, SourceSection
-from relora.data.files import LocalFiles, find_files, is_configured_folder, is_local, split_names
-from relora.data.stdlib import STDLIB, stdlib_texts
+from relora.config.schema import DataSection, SourceSection
+from relora.data.local_files import (
+    STDLIB,
+    LocalFiles,
+    find_files,
+    is_configured_folder,
+    is_local,
+    split_names,
+    stdlib_texts,
+)
+from relora.errors import UserError, raise_if_any
 
 TEXT = "text"
 # What reading someone's files or asking the hub raises; bugs (TypeError, KeyError, ...) pass through.

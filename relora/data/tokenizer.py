@@ -10,9 +10,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from relora.config.problems import UserError
 from relora.data.sources import TEXT, root_cause
 from relora.data.split import document_pieces, is_held_out
+from relora.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 1  # the bytes and END_OF_TEXT

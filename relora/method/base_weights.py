@@ -24,7 +24,7 @@ _CODES_PER_BYTE = {"int8": 1, "nf4": 2}
 
 
 @dataclass(frozen=True)
-class Grid:
+class WeightFormat:
     """How one weight is stored.
 
     Attributes:
@@ -39,23 +39,23 @@ class Grid:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if self.is_coded:
+        if self.is_quantized:
             problem = quantization_problem(self.name or "")
             if problem is not None:
                 raise ModuleNotFoundError(problem)
             _load_bitsandbytes()
 
     @property
-    def is_coded(self) -> bool:
+    def is_quantized(self) -> bool:
         """Whether W is kept as codes: one flat uint8 tensor, the scales of the blocks first."""
         return self.name in _CODES_PER_BYTE
 
     @property
-    def is_coarse(self) -> bool:
+    def needs_master(self) -> bool:
         """Whether a merge into what is stored would lose part of it, so that there must be an exact master."""
-        return self.is_coded or self.name == "bfloat16"
+        return self.is_quantized or self.name == "bfloat16"
 
-    def encode(self, values: Tensor) -> Tensor:
+    def quantize(self, values: Tensor) -> Tensor:
         """What is stored of `values`, rounded once.
 
         Args:
@@ -63,7 +63,7 @@ class Grid:
         """
         if self.name is None:
             return values
-        if not self.is_coded:
+        if not self.is_quantized:
             return values.to(_FLOATS[self.name])
         ops, flat = torch.ops.bitsandbytes, values.to(torch.float32).flatten()
         if self.name == "nf4":
@@ -72,9 +72,9 @@ class Grid:
             codes, scales = ops.quantize_blockwise(flat, _linear_map(flat.device), _BLOCK)
         return torch.cat([scales.float().view(torch.uint8), codes.flatten()])
 
-    def decode(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, stored: Tensor, dtype: torch.dtype) -> Tensor:
         """W of `shape` in `dtype`, out of what is stored. Shares its memory where nothing has to be done."""
-        if not self.is_coded:
+        if not self.is_quantized:
             return stored.to(dtype)
         ops, num_scale_bytes = torch.ops.bitsandbytes, 4 * self._num_blocks
         scales, codes = stored[:num_scale_bytes].view(torch.float32), stored[num_scale_bytes:]
@@ -87,7 +87,7 @@ class Grid:
     def num_bytes(self, dtype: torch.dtype) -> int:
         """What is stored takes so much, in the dtype `dtype` unless it is codes: those of all blocks, and scales."""
         numel = math.prod(self.shape)
-        if not self.is_coded:
+        if not self.is_quantized:
             return numel * dtype.itemsize
         return -(-numel // _CODES_PER_BYTE[self.name or ""]) + 4 * self._num_blocks
 

@@ -5,20 +5,53 @@ B (d_out, r). The update is delta = scale * B @ A.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from relora.method.base_weights import BaseDtype, Grid
-from relora.method.delta import lora_delta
-from relora.method.kept import KeptWeight, can_keep, mark_written_in_place
-from relora.method.kernels import project, project_dropped
+from relora.method.base_weights import BaseDtype, WeightFormat
+from relora.method.kernels import Fixed, Projection, compute_dtype, project, project_dropped
+from relora.method.merged_cache import MergedWeightCache, can_cache, mark_written_in_place
 from relora.method.names import canonical
-from relora.method.projection import Fixed, Projection, compute_dtype
 from relora.method.routes import Forward, Route, choose_route, form_cost, merge_problem
-from relora.method.store import Part
+from relora.method.store import Shard
+
+
+def lora_delta(A: Tensor, B: Tensor, scale: float, *, transposed: bool, rows: slice = slice(None)) -> Tensor:
+    """scale * B @ A in the layout of the weight, in at least fp32 whatever surrounds the call.
+
+    Args:
+        A: (r, d_in).
+        B: (d_out, r).
+        rows: of the weight, for a process that holds only these.
+    """
+    if transposed:
+        A = A[:, rows]
+    else:
+        B = B[rows]
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    with _full_precision(A.device.type):
+        delta = (B.to(dtype) @ A.to(dtype)).mul_(scale)
+    return delta.T if transposed else delta
+
+
+@contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """Neither autocast nor TF32: either would round what is merged to 8 or 10 bits."""
+    # Not allow_tf32: reading it raises once anyone has set fp32_precision, and writing it back undoes "medium".
+    matmul = torch.backends.cuda.matmul
+    precision = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device_type, enabled=False):
+            yield
+    finally:
+        matmul.fp32_precision = precision
+
 
 FACTORS = ("lora_A", "lora_B")
 
@@ -102,7 +135,7 @@ class LoRALinear(nn.Module):
     """
 
     bias: nn.Parameter | None
-    master: Part | None
+    master: Shard | None
     instead: Tensor | None
     siblings: Siblings | None
 
@@ -113,12 +146,12 @@ class LoRALinear(nn.Module):
         d_out, d_in = reversed(weight.shape) if self.transposed else weight.shape
         self.in_features, self.out_features, self.r = d_in, d_out, config.r
         self.scale = config.scale
-        self.grid = Grid(config.base_dtype, tuple(weight.shape))
-        stored = self.grid.encode(weight.detach())
+        self.weight_format = WeightFormat(config.base_dtype, tuple(weight.shape))
+        stored = self.weight_format.quantize(weight.detach())
         # The same parameter where nothing is rounded: others may hold it.
         is_same = (stored.dtype, stored.shape) == (weight.dtype, weight.shape)
         self.weight = weight if is_same else nn.Parameter(stored, requires_grad=False)
-        self.master = Part(_on_host(weight.detach().float()), 0) if self.grid.is_coarse else None
+        self.master = Shard(_on_host(weight.detach().float()), 0) if self.weight_format.needs_master else None
         self.bias = bias
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.empty(config.r, d_in, dtype=dtype, device=weight.device))
@@ -126,7 +159,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(d_out, config.r, dtype=dtype, device=weight.device))
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
         self.how, self.siblings, self.instead = config.forward, None, None
-        self.kept = KeptWeight() if config.keep_merged else None
+        self.kept = MergedWeightCache() if config.keep_merged else None
         if config.keep_merged:
             mark_written_in_place(self.lora_A, self.lora_B)
         self.route(1, dtype)  # refuses a merged route that is impossible
@@ -149,7 +182,7 @@ class LoRALinear(nn.Module):
         plain = cast(nn.Module, self.__dict__["_plain"])
         weight = self.weight
         if weight.dtype != self._plain_dtype or self.master is not None:
-            exact = self.weight if self.master is None else self.master.values.view(self.grid.shape)
+            exact = self.weight if self.master is None else self.master.values.view(self.weight_format.shape)
             weight = nn.Parameter(exact.to(weight.device, self._plain_dtype, copy=True), requires_grad=False)
         plain.register_parameter("weight", weight)
         plain.register_parameter("bias", self.bias)
@@ -169,10 +202,10 @@ class LoRALinear(nn.Module):
         """What the kernels need to know of this layer for a call with x, by the route that it takes."""
         dtype, grad = compute_dtype(x), torch.is_grad_enabled()
         route = self.route(x.numel() // self.in_features, dtype, with_gradients=grad)
-        weight, grid = cast(Tensor, self.weight), self.grid
+        weight, weight_format = cast(Tensor, self.weight), self.weight_format
         if self.instead is not None:
-            weight, grid = self.instead, Grid(None, grid.shape)
-        fixed = Fixed(grid, self.scale, self.transposed, route)
+            weight, weight_format = self.instead, WeightFormat(None, weight_format.shape)
+        fixed = Fixed(weight_format, self.scale, self.transposed, route)
         projection = Projection(fixed, weight, self.bias, self.lora_A, self.lora_B)
         if self.kept is None or route == "factored" or not self.keeps_merged:
             return projection
@@ -184,7 +217,7 @@ class LoRALinear(nn.Module):
         Raises:
             ValueError: the merged route is asked for, and W is no longer stored exactly.
         """
-        problem = merge_problem(self.grid.name, self.weight.dtype, self.active_dropout)
+        problem = merge_problem(self.weight_format.name, self.weight.dtype, self.active_dropout)
         if problem is not None and self.how == "merged":
             raise ValueError(f"forward = merged: {problem}")
         num_forms = 1.0 + with_gradients
@@ -204,7 +237,7 @@ class LoRALinear(nn.Module):
     @property
     def keeps_merged(self) -> bool:
         """Whether W + delta of the merged route is kept: it is asked for, and possible here (`can_keep`)."""
-        return self.kept is not None and can_keep(self.lora_A, self.lora_B)
+        return self.kept is not None and can_cache(self.lora_A, self.lora_B)
 
     @property
     def active_dropout(self) -> float:

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from relora.method.base_weights import quantization_problem
-from relora.method.codes import BESIDE, OF_CODES, cleared, decoded
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
+from relora.method.optimizer_state import BESIDE, OF_CODES, cleared, decoded
 from relora.method.reinit import keyed_generator
 from relora.method.store import Store
 

@@ -20,7 +20,7 @@ def keyed_generator(seed: int, index: int, purpose: str, name: str) -> torch.Gen
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big"))
 
 
-def draw_lora_A(r: int, d_in: int, *, reinit: Reinit, seed: int, index: int, name: str, stream: int = 0) -> Tensor:
+def draw_lora_A(r: int, d_in: int, *, reinit: Reinit, seed: int, index: int, name: str, draw_index: int = 0) -> Tensor:
     """A fresh A of shape (r, d_in), float32, on the CPU.
 
     `kaiming` is PEFT's and the paper's kaiming_uniform with a = sqrt(5), that is U(-1, 1) / sqrt(d_in).
@@ -32,7 +32,7 @@ def draw_lora_A(r: int, d_in: int, *, reinit: Reinit, seed: int, index: int, nam
         stream: which of several independent draws under the same key.
     """
     require_reinit(reinit)
-    generator = keyed_generator(seed, index, f"lora_A/{stream}" if stream else "lora_A", name)
+    generator = keyed_generator(seed, index, f"lora_A/{draw_index}" if draw_index else "lora_A", name)
     A = torch.empty(r, d_in, dtype=torch.float32)
     if reinit == "kaiming":
         return torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)

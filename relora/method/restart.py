@@ -51,7 +51,7 @@ def restart(
     optimizer_reset: OptimizerReset = "zero",
     prune_ratio: float = 0.9,
     store: Store | None = None,
-    stream: int = 0,
+    draw_index: int = 0,
     outer: Callable[[str, Tensor], Tensor] | None = None,
     carries: bool = False,
 ) -> RestartReport:
@@ -75,7 +75,7 @@ def restart(
         RuntimeError: something reads back otherwise than it was written.
     """
     store, layers = store or TorchStore(), lora_layers(model)
-    store.adopt(layers.values())
+    store.register(layers.values())
     factors = {f"{name}.{which}": getattr(layer, which) for name, layer in layers.items() for which in FACTORS}
     _check_options(layers, index, reinit, optimizer_reset, prune_ratio)
     for parameter in (*(layer.weight for layer in layers.values()), *factors.values()):
@@ -85,11 +85,15 @@ def restart(
 
     merged = []
     for name, layer in layers.items():
-        carry = partial(carried_factors, layer, seed, index, name) if carries and layer.grid.is_coded else None
+        carry = (
+            partial(carried_factors, layer, seed, index, name) if carries and layer.weight_format.is_quantized else None
+        )
         merge = merge_layer(layer, store, outer=partial(outer, name) if outer else None, carry=carry)
         merged.append(merge)
         A, B = merge.carried or (
-            draw_lora_A(layer.r, layer.in_features, reinit=reinit, seed=seed, index=index, name=name, stream=stream),
+            draw_lora_A(
+                layer.r, layer.in_features, reinit=reinit, seed=seed, index=index, name=name, draw_index=draw_index
+            ),
             torch.zeros(layer.out_features, layer.r),
         )
         _write(store, f"{name}.lora_A", layer.lora_A, A)
@@ -111,7 +115,7 @@ def restart(
 def _write(store: Store, name: str, factor: nn.Parameter, values: Tensor) -> None:
     """Write a factor, and read back every copy: one that kept the old values would bring them back later."""
     store.write(factor, values)
-    for copy, part in store.copies(factor).items():
+    for copy, part in store.local_copies(factor).items():
         if not torch.equal(part.values, part.of(values).to(part.values)):
             raise RuntimeError(f"{name}: the {copy} does not hold what the restart has written")
 

@@ -75,7 +75,7 @@ def choose_route(
     return "merged" if merged < factored else "factored"
 
 
-def merge_problem(grid: str | None, dtype: torch.dtype, dropout: float) -> str | None:
+def merge_problem(weight_format: str | None, dtype: torch.dtype, dropout: float) -> str | None:
     """Why a layer cannot take the merged route, or None.
 
     Args:
@@ -83,8 +83,8 @@ def merge_problem(grid: str | None, dtype: torch.dtype, dropout: float) -> str |
         dtype: of the stored W.
         dropout: 0 where it is not active.
     """
-    if grid not in (None, "float32") or not dtype.is_floating_point or dtype.itemsize < 4:
-        return f"a weight stored as {grid or str(dtype).removeprefix('torch.')} rounds small updates away"
+    if weight_format not in (None, "float32") or not dtype.is_floating_point or dtype.itemsize < 4:
+        return f"a weight stored as {weight_format or str(dtype).removeprefix('torch.')} rounds small updates away"
     return f"lora_dropout = {dropout} drops inputs of A alone" if dropout > 0 else None
 
 

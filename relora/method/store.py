@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora.method.base_weights import Grid
-from relora.method.codes import coded_tensors
-from relora.method.slots import Slot, fresh_state, moments, set_step
+from relora.method.base_weights import WeightFormat
+from relora.method.optimizer_state import Slot, coded_tensors, fresh_state, moments, set_step
 
 
 @dataclass(frozen=True)
-class Part:
+class Shard:
     """The entries of a full tensor that this process holds: start, start + 1, ... of its flattened entries.
 
     Attributes:
@@ -27,7 +26,7 @@ class Part:
 
     values: Tensor
     start: int
-    is_shared: bool = False
+    is_partial: bool = False
 
     def of(self, full: Tensor) -> Tensor:
         """The same entries of another full tensor, in the shape of `values`."""
@@ -38,14 +37,14 @@ class FrozenLayer(Protocol):
     """A wrapped layer, as a store sees it: W as it is stored, how, and the exact W where what is stored is coarser."""
 
     weight: nn.Parameter
-    grid: Grid
-    master: Part | None
+    weight_format: WeightFormat
+    master: Shard | None
 
 
 class Store(Protocol):
     """Full tensors in, full tensors out, whatever the engine has made of them. Collective where it is sharded."""
 
-    def adopt(self, layers: Iterable[FrozenLayer]) -> None:
+    def register(self, layers: Iterable[FrozenLayer]) -> None:
         """Learn how the frozen weights are stored, and where their masters are. Forgets what was adopted before."""
 
     def check(self, parameter: nn.Parameter) -> None:
@@ -63,28 +62,28 @@ class Store(Protocol):
     def write(self, parameter: nn.Parameter, values: Tensor) -> None:
         """Set the full values, in every copy that the engine keeps, in place. Rounds to the grid of each."""
 
-    def decoded(self, parameter: nn.Parameter) -> Tensor:
+    def dequantized(self, parameter: nn.Parameter) -> Tensor:
         """The full values as the model computes with them. May alias what is kept."""
 
-    def stored_shape(self, parameter: nn.Parameter) -> torch.Size:
+    def raw_shape(self, parameter: nn.Parameter) -> torch.Size:
         """Shape of `stored`: another than `shape` where these are codes."""
 
-    def stored(self, parameter: nn.Parameter) -> Tensor:
+    def raw(self, parameter: nn.Parameter) -> Tensor:
         """The full tensor that the model computes with, as it is stored. May alias what is kept."""
 
-    def exact(self, parameter: nn.Parameter) -> Part:
+    def master(self, parameter: nn.Parameter) -> Shard:
         """This process's part of the most exact copy: of the master, or of what the model computes with."""
 
-    def copies(self, parameter: nn.Parameter) -> Mapping[str, Part]:
+    def local_copies(self, parameter: nn.Parameter) -> Mapping[str, Shard]:
         """This process's part of every copy as it is stored, by name, masters of frozen weights left out.
 
         What the model computes with comes first.
         """
 
-    def whole(self, shape: torch.Size, part: Part) -> Tensor:
+    def gather(self, shape: torch.Size, part: Shard) -> Tensor:
         """The full tensor of which this process holds `part`, and others the rest."""
 
-    def total(self, part: Part, values: Tensor) -> Tensor:
+    def reduce(self, part: Shard, values: Tensor) -> Tensor:
         """Sums over the parts of a tensor of what each process measured on its own part."""
 
     def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
@@ -120,35 +119,35 @@ class PartStore(ABC):
         self._frozen = WeakValueDictionary[int, FrozenLayer]()
 
     @abstractmethod
-    def stored_shape(self, parameter: nn.Parameter) -> torch.Size:
+    def raw_shape(self, parameter: nn.Parameter) -> torch.Size:
         """As in Store."""
 
     @abstractmethod
-    def copies(self, parameter: nn.Parameter) -> Mapping[str, Part]:
+    def local_copies(self, parameter: nn.Parameter) -> Mapping[str, Shard]:
         """As in Store."""
 
     @abstractmethod
-    def whole(self, shape: torch.Size, part: Part) -> Tensor:
+    def gather(self, shape: torch.Size, part: Shard) -> Tensor:
         """As in Store."""
 
     @abstractmethod
-    def total(self, part: Part, values: Tensor) -> Tensor:
+    def reduce(self, part: Shard, values: Tensor) -> Tensor:
         """As in Store."""
 
-    def adopt(self, layers: Iterable[FrozenLayer]) -> None:
+    def register(self, layers: Iterable[FrozenLayer]) -> None:
         self._frozen = WeakValueDictionary({id(layer.weight): layer for layer in layers})
 
     def shape(self, parameter: nn.Parameter) -> torch.Size:
         layer = self._frozen.get(id(parameter))
-        return self.stored_shape(parameter) if layer is None else torch.Size(layer.grid.shape)
+        return self.raw_shape(parameter) if layer is None else torch.Size(layer.weight_format.shape)
 
     def dtype(self, parameter: nn.Parameter) -> torch.dtype:
-        return self.exact(parameter).values.dtype
+        return self.master(parameter).values.dtype
 
     def read(self, parameter: nn.Parameter) -> Tensor:
-        part = self.exact(parameter)
+        part = self.master(parameter)
         shape = self.shape(parameter)
-        return self.whole(shape, part) if part.is_shared else part.values.view(shape)
+        return self.gather(shape, part) if part.is_partial else part.values.view(shape)
 
     @torch.no_grad()
     def write(self, parameter: nn.Parameter, values: Tensor) -> None:
@@ -156,27 +155,27 @@ class PartStore(ABC):
         if layer is not None:
             if layer.master is not None:
                 layer.master.values.copy_(layer.master.of(values))
-            values = layer.grid.encode(values.to(self.in_use(parameter).values.device))
-        for part in self.copies(parameter).values():
+            values = layer.weight_format.quantize(values.to(self.local(parameter).values.device))
+        for part in self.local_copies(parameter).values():
             part.values.copy_(part.of(values))
 
-    def decoded(self, parameter: nn.Parameter) -> Tensor:
-        stored, layer = self.stored(parameter), self._frozen.get(id(parameter))
-        return stored if layer is None else layer.grid.decode(stored, self.dtype(parameter))
+    def dequantized(self, parameter: nn.Parameter) -> Tensor:
+        stored, layer = self.raw(parameter), self._frozen.get(id(parameter))
+        return stored if layer is None else layer.weight_format.dequantize(stored, self.dtype(parameter))
 
-    def stored(self, parameter: nn.Parameter) -> Tensor:
-        part, shape = self.in_use(parameter), self.stored_shape(parameter)
-        return self.whole(shape, part) if part.is_shared else part.values.view(shape)
+    def raw(self, parameter: nn.Parameter) -> Tensor:
+        part, shape = self.local(parameter), self.raw_shape(parameter)
+        return self.gather(shape, part) if part.is_partial else part.values.view(shape)
 
-    def exact(self, parameter: nn.Parameter) -> Part:
+    def master(self, parameter: nn.Parameter) -> Shard:
         layer = self._frozen.get(id(parameter))
         if layer is not None and layer.master is not None:
             return layer.master
-        return self.in_use(parameter)
+        return self.local(parameter)
 
-    def in_use(self, parameter: nn.Parameter) -> Part:
+    def local(self, parameter: nn.Parameter) -> Shard:
         """This process's part of what the model computes with, as it is stored."""
-        return next(iter(self.copies(parameter).values()))
+        return next(iter(self.local_copies(parameter).values()))
 
 
 class TorchStore(PartStore):
@@ -185,16 +184,16 @@ class TorchStore(PartStore):
     def check(self, parameter: nn.Parameter) -> None:
         refuse_sharded(parameter)
 
-    def stored_shape(self, parameter: nn.Parameter) -> torch.Size:
+    def raw_shape(self, parameter: nn.Parameter) -> torch.Size:
         return parameter.shape
 
-    def copies(self, parameter: nn.Parameter) -> Mapping[str, Part]:
-        return {"parameter": Part(parameter.detach(), 0)}
+    def local_copies(self, parameter: nn.Parameter) -> Mapping[str, Shard]:
+        return {"parameter": Shard(parameter.detach(), 0)}
 
-    def whole(self, shape: torch.Size, part: Part) -> Tensor:  # noqa: ARG002
+    def gather(self, shape: torch.Size, part: Shard) -> Tensor:  # noqa: ARG002
         raise AssertionError(f"a tensor of shape {tuple(shape)} is spread over processes that this store does not know")
 
-    def total(self, part: Part, values: Tensor) -> Tensor:  # noqa: ARG002 (the one part is the whole)
+    def reduce(self, part: Shard, values: Tensor) -> Tensor:  # noqa: ARG002 (the one part is the whole)
         return values
 
     def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:

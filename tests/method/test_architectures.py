@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from relora import LoRAConfig, build_optimizer, inject_lora, merge_lora, restart
-from relora.method.census import census
 from relora.method.lora import is_linear, lora_layers
 from relora.method.names import tied_names
-from tests.method.architectures import (
+from relora.method.parameter_report import parameter_report
+from tests.helpers.architectures import (
     ARCHITECTURES,
     CONFIG,
     MIXTURES,
@@ -114,7 +114,7 @@ def test_every_parameter_is_wrapped_or_trained_from_scratch(name: str) -> None:
     report = inject_lora(model, CONFIG)
     assert report.frozen_names == []
     assert report.wrapped.num_parameters + report.full.num_parameters == numbers
-    assert report == census(model)
+    assert report == parameter_report(model)
 
 
 @pytest.mark.parametrize("name", TIED)

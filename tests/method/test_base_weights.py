@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from relora import LoRAConfig, inject_lora, merge_lora, restart
 from relora.method import base_weights
-from relora.method.base_weights import Grid
+from relora.method.base_weights import WeightFormat
 from relora.method.lora import LoRALinear, lora_layers
 from relora.method.optimizer import build_optimizer
 from relora.method.restart import begin_carried
 from relora.method.store import TorchStore
-from tests.method.toy import CONFIG, toy, update
+from tests.helpers.toy import CONFIG, toy, update
 
 COARSE = ("bfloat16", "int8", "nf4")
 # Relative to |W| of normal weights: half a step of bf16, of 1/127 of a block's largest, and of the normal-float grid.
@@ -25,20 +25,20 @@ ROUNDING = {"float32": 0.0, "bfloat16": 0.002, "int8": 0.007, "nf4": 0.1}
 @pytest.mark.parametrize("shape", [(64, 96), (30, 50), (7, 9)])
 @pytest.mark.parametrize("name", ROUNDING)
 def test_a_grid_rounds_as_it_should(name: base_weights.BaseDtype, shape: tuple[int, int]) -> None:
-    W, grid = torch.randn(shape, generator=torch.Generator().manual_seed(0)), Grid(name, shape)
-    stored = grid.encode(W)
-    decoded = grid.decode(stored, torch.float32)
+    W, weight_format = torch.randn(shape, generator=torch.Generator().manual_seed(0)), WeightFormat(name, shape)
+    stored = weight_format.quantize(W)
+    decoded = weight_format.dequantize(stored, torch.float32)
     assert decoded.shape == W.shape
     assert (decoded - W).norm() <= ROUNDING[name] * W.norm()
-    assert stored.nbytes == grid.num_bytes(stored.dtype)
-    torch.testing.assert_close(grid.encode(decoded), stored, rtol=0, atol=0)
+    assert stored.nbytes == weight_format.num_bytes(stored.dtype)
+    torch.testing.assert_close(weight_format.quantize(decoded), stored, rtol=0, atol=0)
 
 
 def test_a_missing_library_is_told_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_weights.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError, match=r"nf4 needs bitsandbytes: pip install 'relora\[quantization\]'"):
-        Grid("nf4", (8, 8))
-    Grid("bfloat16", (8, 8))
+        WeightFormat("nf4", (8, 8))
+    WeightFormat("bfloat16", (8, 8))
 
 
 def merged_often(base_dtype: base_weights.BaseDtype | None, W: Tensor) -> tuple[LoRALinear, Tensor]:
@@ -70,7 +70,9 @@ def test_twenty_small_merges_lose_nothing(base_dtype: base_weights.BaseDtype) ->
     assert relative(layer.master.values.view(W.shape), expected) < 1e-6
     assert relative(layer.to_linear().weight, expected) < 1e-6
     # What the model computes with is the same, rounded once.
-    torch.testing.assert_close(layer.weight, layer.grid.encode(layer.master.values.view(W.shape)), rtol=0, atol=0)
+    torch.testing.assert_close(
+        layer.weight, layer.weight_format.quantize(layer.master.values.view(W.shape)), rtol=0, atol=0
+    )
 
 
 def test_without_a_master_they_would_be_lost() -> None:
@@ -88,9 +90,9 @@ def test_a_restart_tells_both_errors(base_dtype: base_weights.BaseDtype) -> None
     optimizer = build_optimizer(model, learning_rate=1e-2)
     update(model, optimizer, 3)
     layer = lora_layers(model)["inner"]
-    before, delta = layer.grid.decode(layer.weight, torch.float32).clone(), layer.delta()
+    before, delta = layer.weight_format.dequantize(layer.weight, torch.float32).clone(), layer.delta()
     report = restart(model, optimizer, seed=0, index=1)
-    after = layer.grid.decode(layer.weight, torch.float32)
+    after = layer.weight_format.dequantize(layer.weight, torch.float32)
     assert report.master_error < 1e-5
     assert report.merge_error >= relative(after - before, delta.double()) > 1e-3
 
@@ -118,12 +120,14 @@ def test_carried_factors_keep_more_of_the_function(base_dtype: base_weights.Base
         update(model, optimizer, 3)
         layer = lora_layers(model)["conv"]
         assert layer.master is not None
-        expected = layer.master.values.view(layer.grid.shape).double() + layer.delta()
+        expected = layer.master.values.view(layer.weight_format.shape).double() + layer.delta()
         restart(model, optimizer, seed=0, index=1, carries=carries)
         # Whatever the factors carry, the exact weight and they are together what they were.
-        torch.testing.assert_close(layer.master.values.view(layer.grid.shape) + layer.delta(), expected.float())
+        torch.testing.assert_close(
+            layer.master.values.view(layer.weight_format.shape) + layer.delta(), expected.float()
+        )
         assert bool(layer.lora_B.any()) == carries
-        return relative(layer.grid.decode(layer.weight, torch.float32) + layer.delta(), expected)
+        return relative(layer.weight_format.dequantize(layer.weight, torch.float32) + layer.delta(), expected)
 
     assert lacking(True) < 0.9 * lacking(False)
 
@@ -132,8 +136,8 @@ def test_a_store_keeps_no_model() -> None:
     model, store = toy(), TorchStore()
     inject_lora(model, replace(CONFIG, base_dtype="nf4"))
     layers = [weakref.ref(layer) for layer in lora_layers(model).values()]
-    store.adopt(lora_layers(model).values())
-    assert store.read(layers[0]().weight).shape == layers[0]().grid.shape
+    store.register(lora_layers(model).values())
+    assert store.read(layers[0]().weight).shape == layers[0]().weight_format.shape
     del model
     gc.collect()
     assert [layer() for layer in layers] == [None] * len(layers)
@@ -144,8 +148,8 @@ def test_carried_factors_are_the_best_of_their_rank() -> None:
     inject_lora(model, replace(CONFIG, base_dtype="nf4"))
     layer = lora_layers(model)["inner"]
     store = TorchStore()
-    store.adopt(lora_layers(model).values())
-    residual = store.read(layer.weight).clone() - store.decoded(layer.weight)
+    store.register(lora_layers(model).values())
+    residual = store.read(layer.weight).clone() - store.dequantized(layer.weight)
     begin_carried(model, seed=0, store=store)
     best = torch.linalg.svdvals(residual)[layer.r :].norm()
     assert (residual - layer.delta()).norm() < 1.05 * best

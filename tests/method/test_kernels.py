@@ -18,7 +18,7 @@ from relora import LoRAConfig, inject_lora, restart
 from relora.method.kernels import project
 from relora.method.lora import LoRALinear, lora_layers
 from relora.method.routes import Route
-from tests.method.toy import CONFIG, factors, toy, trained, update
+from tests.helpers.toy import CONFIG, factors, toy, trained, update
 
 D_IN, D_OUT, R = 6, 5, 2
 ROUTES: tuple[Route, ...] = ("merged", "factored")
@@ -235,7 +235,7 @@ STORAGES: list[tuple[Any, Any]] = [
 def gain(layer: LoRALinear, size: float, *, autocast: bool) -> float:
     """<y(W + delta) - y(W), x delta^T> / |x delta^T|^2 with |delta| = size |W|: 1 if nothing of delta is lost."""
     d_in = layer.in_features
-    W = layer.grid.decode(layer.weight, torch.float32)
+    W = layer.weight_format.dequantize(layer.weight, torch.float32)
     layer.lora_B.mul_(size * W.norm() / layer.delta().norm())
     x, delta = torch.randn(1024, d_in), layer.delta().double()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):

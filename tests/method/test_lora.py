@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from relora import LoRAConfig, build_optimizer, inject_lora, merge_lora
-from relora.method.census import census
+from relora.method.inject import last_parts
 from relora.method.lora import LoRALinear, lora_layers
-from relora.method.targets import last_parts
-from tests.method.architectures import ARCHITECTURES, build
-from tests.method.toy import CONFIG, Toy, factors, toy, trained
+from relora.method.parameter_report import parameter_report
+from tests.helpers.architectures import ARCHITECTURES, build
+from tests.helpers.toy import CONFIG, Toy, factors, toy, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore::FutureWarning:transformers")
 
@@ -188,7 +188,7 @@ def test_census_counts_and_bytes() -> None:
 
 def test_census_counts_a_tied_parameter_once() -> None:
     model = build("llama_tied")
-    report = census(model)
+    report = parameter_report(model)
     assert report.full.num_parameters == sum({id(p): p.numel() for p in model.parameters()}.values())
 
 

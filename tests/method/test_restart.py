@@ -17,22 +17,12 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from relora import LoRAConfig, build_optimizer, inject_lora, merge_lora, restart
 from relora.method.lora import lora_layers
+from relora.method.merge import factor_singular_values, numerical_rank
 from relora.method.names import canonical
 from relora.method.optimizer import parameter_groups
 from relora.method.reinit import draw_lora_A
-from relora.method.spectrum import factor_singular_values, numerical_rank
-from tests.method import toy
-from tests.method.toy import (
-    LEARNING_RATE,
-    R,
-    copies,
-    factors,
-    fill_moments,
-    full_parameters,
-    moments,
-    trained,
-    update,
-)
+from tests.helpers import toy
+from tests.helpers.toy import LEARNING_RATE, R, copies, factors, fill_moments, full_parameters, moments, trained, update
 
 RESETS = ("zero", "magnitude", "random", "keep")
 every_reset = pytest.mark.parametrize("reset", RESETS)

@@ -121,9 +121,12 @@ def test_active_dropout_is_factored_and_inactive_dropout_is_none() -> None:
     assert layer.eval().route(10**6, torch.float32) == "merged"
 
 
-@pytest.mark.parametrize("grid", ["bfloat16", "int8", "nf4"])
-def test_a_coarse_weight_cannot_be_merged(grid: str) -> None:
-    assert merge_problem(grid, torch.float32, 0) == f"a weight stored as {grid} rounds small updates away"
+@pytest.mark.parametrize("weight_format", ["bfloat16", "int8", "nf4"])
+def test_a_coarse_weight_cannot_be_merged(weight_format: str) -> None:
+    assert (
+        merge_problem(weight_format, torch.float32, 0)
+        == f"a weight stored as {weight_format} rounds small updates away"
+    )
     for exact in (None, "float32"):
         assert merge_problem(exact, torch.float32, 0) is merge_problem(exact, torch.float64, 0) is None
 

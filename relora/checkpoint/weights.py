@@ -1,0 +1,114 @@
+"""A model out of a state: the one way from canonical tensors to modules, for training and for export."""
+
+from collections.abc import Sequence, Set
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from relora.checkpoint.state import Held, State, Weights
+from relora.config import Config, ModelSection, UserError
+from relora.engines.world import World
+from relora.method.inject import inject_lora, merge_lora
+from relora.method.lora import LoRAConfig, factor_names
+from relora.method.names import canonical, named_parameters
+from relora.method.store import Store, TorchStore
+from relora.model.model import build_model, empty_model, skeleton
+
+
+def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Buffers that belong to the model's state (not caches such as rotary tables), by canonical name."""
+    kept = model.state_dict().keys()
+    return {canonical(name): buffer for name, buffer in model.named_buffers() if name in kept}
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, weights: Weights, store: Store, *, factors: bool = True) -> None:
+    """Fill the parameters and persistent buffers of `model`, in place, one tensor at a time.
+
+    Args:
+        factors: whether the LoRA factors are filled too; they stay as they were drawn otherwise.
+
+    Raises:
+        UserError: the names or shapes of the state are not those of the model.
+    """
+    parameters, buffers = named_parameters(model), persistent_buffers(model)
+    kept = set() if factors else factor_names(model)
+    wanted = [name for name in (*parameters, *buffers) if name not in kept]
+    differing = sorted(set(wanted) ^ weights.names)
+    if differing:
+        raise UserError([f"the saved state is of another model: {len(differing)} names differ, such as {differing[0]}"])
+    for name in wanted:
+        parameter, values = parameters.get(name), weights.take(name)
+        shape = buffers[name].shape if parameter is None else store.shape(parameter)
+        if values.shape != shape:
+            there, here = tuple(values.shape), tuple(shape)
+            raise UserError([f"the saved state is of another model: {name} is {there} there, {here} here"])
+        if parameter is None:
+            buffers[name].copy_(values)
+        else:
+            store.write(parameter, values)
+
+
+def merged_model(
+    states: Sequence[State], section: ModelSection, hf_config: PretrainedConfig, lora: LoRAConfig
+) -> PreTrainedModel:
+    """The plain model in float32 on the CPU that computes what the run computes.
+
+    Args:
+        states: the state of the run; of each process where they train apart, of whose models this is the mean.
+    """
+    models = (_merged(state, section, hf_config, lora) for state in states)
+    mean = next(models)
+    for number, model in enumerate(models, start=2):
+        for parameter, other in zip(mean.parameters(), model.parameters(), strict=True):
+            parameter.data.lerp_(other.data, 1 / number)
+    return mean.eval()
+
+
+def _merged(state: State, section: ModelSection, hf_config: PretrainedConfig, lora: LoRAConfig) -> PreTrainedModel:
+    model = empty_model(section, hf_config)
+    if state.stage == "relora":
+        inject_lora(model, replace(lora, base_dtype=None))  # a checkpoint holds the exact weights
+    load_weights(model, state.weights, TorchStore())
+    if state.stage == "relora":
+        merge_lora(model)
+    return model
+
+
+class FromFirst(Held):
+    """Weights that rank 0 holds in memory; taking one sends it to all."""
+
+    def __init__(self, tensors: dict[str, Tensor], processes: World) -> None:
+        super().__init__(tensors)
+        self.world = processes
+
+    def take(self, name: str) -> Tensor:
+        return self.world.broadcast(super().take(name), 0)
+
+
+class Handover:
+    """The weights of a stage that has ended, each let go of once the next stage has it."""
+
+    def __init__(self, model: nn.Module, store: Store) -> None:
+        self.store = store
+        self.parameters = named_parameters(model)
+        self.buffers = persistent_buffers(model)
+
+    @property
+    def names(self) -> Set[str]:
+        return self.parameters.keys() | self.buffers.keys()
+
+    def take(self, name: str) -> Tensor:
+        return self.buffers.pop(name) if name in self.buffers else self.store.read(self.parameters.pop(name))
+
+
+def first_weights(config: Config, hf_config: PretrainedConfig, processes: World) -> FromFirst:
+    """The weights that a run begins with, drawn or downloaded by rank 0 alone."""
+    if processes.process_index == 0:
+        model = build_model(config.model, hf_config, seed=config.seed)
+    else:
+        model = skeleton(config.model, hf_config)
+    tensors = {name: parameter.detach() for name, parameter in named_parameters(model).items()}
+    return FromFirst(tensors | persistent_buffers(model), processes)

@@ -1,0 +1,151 @@
+"""Prepared data: a folder with a manifest, opened."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from relora.config.schema import DataSection
+from relora.data.batches import IGNORED_LABEL, NO_TOKENS, Batch, Samples, make_batch
+from relora.data.manifest import MANIFEST, Manifest, StreamRecord, read_manifest
+from relora.data.mixture import Mixture
+from relora.data.token_stream import TokenStream
+from relora.errors import UserError
+
+TOKENIZER_FOLDER = "tokenizer"
+Side = Literal["train", "eval"]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Complete prepared data. Ranks on different nodes hold the same if manifest.content_hash is equal."""
+
+    folder: Path
+    manifest: Manifest
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that made the tokens."""
+        return AutoTokenizer.from_pretrained(str(self.folder / TOKENIZER_FOLDER))
+
+    def streams(self, side: Side, sequence_length: int) -> list[TokenStream]:
+        """One stream per source."""
+        return [TokenStream(self.folder, record, sequence_length) for record in self.records(side)]
+
+    def records(self, side: Side) -> list[StreamRecord]:
+        return [source.train if side == "train" else source.eval for source in self.manifest.sources]
+
+    def samples(self, data: DataSection, seed: int) -> Samples:
+        """The training samples in the order of `seed`. Raises UserError if there is too little data."""
+        problems = check_amount(self, data)
+        if problems:
+            raise UserError(problems)
+        return Samples(
+            self.streams("train", data.sequence_length),
+            Mixture.of([source.weight for source in data.sources]),
+            seed=seed,
+            eos_id=self.manifest.eos_token_id,
+            document_mask=data.document_mask,
+        )
+
+    def summary(self) -> str:
+        """A line for each source, and one for the tokenizer, to be shown to the user."""
+        lines = [f"prepared data in {self.folder} (content {self.manifest.content_hash[:12]})"]
+        for source in self.manifest.sources:
+            skipped = f", skipped {source.skipped_nulls} null and {source.skipped_empty} empty texts"
+            lines.append(
+                f"  {source.spec['path']}: {source.train.tokens:,} training tokens in {source.train.documents:,} "
+                f"documents, {source.eval.tokens:,} held out in {source.eval.documents:,}"
+                + (skipped if source.skipped_nulls or source.skipped_empty else "")
+            )
+        return "\n".join([*lines, f"  tokenizer: {self.manifest.vocab_size:,} entries"])
+
+
+def open_prepared(folder: Path) -> PreparedData:
+    """Raises UserError if the folder holds no complete prepared data."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError([f"{folder}: no complete prepared data ({MANIFEST} is missing); run `relora prepare`"])
+    return PreparedData(folder, manifest)
+
+
+def check_amount(prepared: PreparedData, data: DataSection) -> list[str]:
+    """A line for each source too small for one training row, and one if nothing can be evaluated."""
+    length = data.sequence_length
+    problems = [
+        f"data.sources[{number}] ({data.sources[number].path}): {record.tokens} training tokens, fewer than one row of "
+        f"data.sequence_length = {length}; add text, lower sequence_length, or remove the source"
+        for number, record in enumerate(prepared.records("train"))
+        if record.tokens < length
+    ]
+    held_out = prepared.records("eval")
+    tokens = sum(record.tokens for record in held_out)
+    if tokens < length:
+        problems.append(
+            f"data.eval_fraction = {data.eval_fraction}: {tokens} held-out tokens in "
+            f"{sum(record.documents for record in held_out)} documents, fewer than one row of data.sequence_length = "
+            f"{length}; raise eval_fraction, add documents, or lower sequence_length"
+        )
+    return problems
+
+
+def held_out_rows(prepared: PreparedData, data: DataSection) -> list[tuple[int, int]]:
+    """(source, row) of every row to evaluate on: the first ones of each source, shares by weight.
+
+    At most eval_tokens tokens in all, and at least one row; a source that has too few gives what it has.
+    """
+    available = [stream.num_rows for stream in prepared.streams("eval", data.sequence_length)]
+    most = max(1, data.eval_tokens // data.sequence_length)
+    quotas = Mixture.of([source.weight for source in data.sources]).counts(most)
+    taken = [min(quota, rows) for quota, rows in zip(quotas, available, strict=True)]
+    if not any(taken):
+        taken[available.index(max(available))] = min(1, max(available))
+    return [(source, row) for source, rows in enumerate(taken) for row in range(rows)]
+
+
+def eval_batches(
+    prepared: PreparedData, data: DataSection, *, batch_size: int, process_index: int = 0, num_processes: int = 1
+) -> Iterator[Batch]:
+    """This rank's share of the held-out rows, in batches [batch_size, sequence_length].
+
+    The shares are disjoint and together the whole set. Every rank gets equally many batches, for a sharded model's
+    forward is a collective; what is missing at the end is filled with rows without labels.
+    """
+    streams = prepared.streams("eval", data.sequence_length)
+    places = held_out_rows(prepared, data)
+    at_once = batch_size * num_processes
+    for first in range(process_index * batch_size, -(-len(places) // at_once) * at_once, at_once):
+        rows = [streams[source].row(row) for source, row in places[first : first + batch_size]]
+        rows += [NO_TOKENS] * (batch_size - len(rows))
+        yield make_batch(
+            rows,
+            data.sequence_length,
+            eos_id=prepared.manifest.eos_token_id,
+            document_mask=data.document_mask,
+        )
+
+
+def probe_batch(
+    prepared: PreparedData, data: DataSection, *, batch_size: int, process_index: int = 0, num_processes: int = 1
+) -> Batch:
+    """One fixed batch: this rank's first of the held-out set."""
+    return next(
+        eval_batches(prepared, data, batch_size=batch_size, process_index=process_index, num_processes=num_processes)
+    )
+
+
+def unigram_entropy(prepared: PreparedData, data: DataSection) -> float:
+    """Nats: the loss on the held-out labels of the best model that ignores all context, fitted to those labels.
+
+    Exactly the labels that are scored: labels[:, 1:] without NOT_A_LABEL. nan if there are none.
+    """
+    counts = np.zeros(prepared.manifest.vocab_size, dtype=np.int64)
+    for batch in eval_batches(prepared, data, batch_size=16):
+        labels = batch["labels"][:, 1:].numpy()
+        counts += np.bincount(labels[labels != IGNORED_LABEL], minlength=len(counts))
+    if not counts.any():
+        return float("nan")
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log(shares)).sum())

@@ -1,0 +1,168 @@
+"""A rank that dies or hangs takes the others down within a minute, and they say which it was and why.
+
+Nobody else does: the time limit of the process group is hours, as rank 0 writes checkpoints alone, and NCCL waits that
+long for a peer that is gone; a launcher sees the processes of its own node only.
+"""
+
+import os
+import socket
+import threading
+import time
+import uuid
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+
+from torch import distributed
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Limits:
+    every_s: float = 2.0  # between two looks
+    silent_s: float = 45.0  # how long a rank, or the store, may be silent
+    start_s: float = 600.0  # the same for a rank that was never heard of: it may still be loading
+    grace_s: float = 10.0  # how long this process may take to end by itself when another one is dead
+
+
+def agreed_name() -> str:
+    """A new name for the processes of this launch, the same on all; collective."""
+    # A store can outlive its processes, and would show the next ones their deaths. TORCHELASTIC_RESTART_COUNT does not
+    # tell them apart: each launcher counts for itself, and one that replaces a lost node begins at 0.
+    names = [uuid.uuid4().hex]
+    distributed.broadcast_object_list(names)
+    return names[0]
+
+
+class Heartbeat:
+    """Tells the other ranks that this one lives, and watches one of them: a few small messages, however many they are.
+
+    Heartbeats come from a thread: a long computation is no death, SIGKILL and SIGSTOP are. The store is the one at
+    MASTER_ADDR:MASTER_PORT, of the launcher or of rank 0; when it answers no more, whoever holds it counts as dead.
+    `name` is `agreed_name()`.
+    """
+
+    def __init__(self, process_index: int, num_processes: int, name: str, limits: Limits = Limits()) -> None:
+        self._rank, self._neighbour, self._name, self._limits = (
+            process_index,
+            (process_index - 1) % num_processes,
+            name,
+            limits,
+        )
+        self._host, self._port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._me = f"rank {process_index} (host {socket.gethostname()}, pid {os.getpid()})"
+        self._told = ""  # what is wrong here
+        self._rounds = 0  # how often the store has answered
+        self._beats = StandStill(3 * limits.every_s)  # of the neighbour
+        self._ending = False
+        self._stopped, self._wake, self._passed_on = (threading.Event() for _ in range(3))
+        self._lock = threading.Lock()  # who says something or ends the process holds it, and so does stop()
+        # Torch's client has no time limit for an answer: the first thread may hang in it, the second sees that.
+        targets = self._keep_talking, self._mind_the_store
+        self._threads = [threading.Thread(target=target, name="watch", daemon=True) for target in targets]
+
+    def start(self) -> None:
+        """Begin. Ranks may start far apart."""
+        for thread in self._threads:
+            thread.start()
+
+    def tell(self, reason: str) -> None:
+        """Let the others know that this rank ends because of an error; it has grace_s for that, or to stop()."""
+        text = " ".join(reason.split())[:600].encode(errors="backslashreplace").decode()
+        self._told = f"{self._me} failed: {text}"
+        self._wake.set()
+        if self._threads[0].is_alive():
+            self._passed_on.wait(2 * self._limits.every_s)
+
+    def stop(self) -> None:
+        """End the watch in order: nobody misses this rank any more, and from here on it says and ends nothing."""
+        with self._lock:
+            self._stopped.set()
+        self._wake.set()
+        for thread in filter(threading.Thread.is_alive, self._threads):
+            thread.join(timeout=2 * self._limits.every_s)  # no longer: it may hang in the store
+
+    def _keep_talking(self) -> None:
+        store, verdict, last = None, b"", False
+        while not last:
+            self._wake.clear()
+            last = self._stopped.is_set()
+            try:
+                store = store or self._connect()
+                verdict = self._talk(store, last=last)
+                self._rounds += 1
+            except (OSError, RuntimeError):  # the latter are torch's
+                store = None  # the other thread knows how long that may last
+            if verdict:
+                self._end(verdict.decode())
+            self._wake.wait(0 if last else self._limits.every_s)
+
+    def _connect(self) -> Store:
+        # A plain connection first: TCPStore prints pages of C++ frames whenever it finds nobody.
+        with socket.create_connection((self._host, self._port), timeout=self._limits.silent_s):
+            limit = timedelta(seconds=self._limits.silent_s)
+        client = TCPStore(self._host, self._port, is_master=False, wait_for_workers=False, timeout=limit)
+        store = PrefixStore(f"relora/watch/{self._name}", client)
+        store.set(f"who/{self._rank}", self._me)
+        return store
+
+    def _talk(self, store: Store, *, last: bool) -> bytes:
+        """One round. Returns the verdict, if there is one: the first, as later ones mostly follow from it."""
+        store.add(f"beat/{self._rank}", 1)
+        verdict = b""
+        if self._told:
+            verdict = store.compare_set("verdict", "", self._told)
+            self._passed_on.set()
+        elif last:
+            store.set(f"left/{self._rank}", "in order")
+        else:
+            verdict = self._look(store)
+        return verdict
+
+    def _look(self, store: Store) -> bytes:
+        beats = store.add(f"beat/{self._neighbour}", 0)  # 0 if there is none yet, where get would wait for it
+        limit_s = self._limits.silent_s if beats else self._limits.start_s
+        if self._beats.still_s(beats) > limit_s and not store.check([f"left/{self._neighbour}"]):
+            who = store.get(f"who/{self._neighbour}").decode() if beats else f"rank {self._neighbour}"
+            store.compare_set("verdict", "", f"{who} has not been heard of for {limit_s:.0f} s")
+        return bytes(store.get("verdict") if store.check(["verdict"]) else b"")
+
+    def _mind_the_store(self) -> None:
+        silent_s, rounds = self._limits.silent_s, StandStill(3 * self._limits.every_s)
+        while not self._stopped.wait(self._limits.every_s):
+            if rounds.still_s(self._rounds) > silent_s:
+                holder = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+                where = f"at {self._host}:{self._port}"
+                self._end(f"{holder} is gone or cut off: its store {where} has not answered for {silent_s:.0f} s")
+
+    def _end(self, why: str) -> None:
+        """Say why, and end this process unless it does so by itself in time."""
+        with self._lock:
+            if self._stopped.is_set() or self._ending:
+                return
+            self._ending = True
+            if why != self._told:  # else the main thread has more to say about it
+                with suppress(OSError):  # not by sys.stderr, whose lock the main thread may hold while it hangs
+                    os.write(2, f"relora: rank {self._rank} ended: {why}\n".encode())
+        self._stopped.wait(self._limits.grace_s)
+        with self._lock:
+            if not self._stopped.is_set():
+                os._exit(1)
+
+
+class StandStill:
+    """How long a number has not changed, by this process's clock and only while it runs: at most `most_s` a look.
+
+    Else a job that was suspended as a whole (by Slurm, by Ctrl-Z) would go on to find all others silent for hours.
+    """
+
+    def __init__(self, most_s: float) -> None:
+        self._most_s, self._number, self._looked_s, self._still_s = most_s, -1, 0.0, 0.0
+
+    def still_s(self, number: int) -> float:
+        now_s = time.monotonic()
+        self._still_s += min(now_s - self._looked_s, self._most_s)
+        if number != self._number:
+            self._still_s = 0.0
+        self._number, self._looked_s = number, now_s
+        return self._still_s

@@ -1,0 +1,246 @@
+"""Everything that is known of a run before it starts, as one value."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from relora.config import Config
+from relora.config.derived import Plan, derived_numbers, lora_config
+from relora.forecast.dry_run import Rehearsal, rehearse
+from relora.forecast.engine_costs import Launch, Traffic, traffic
+from relora.forecast.flops import (
+    LayerWork,
+    UpdateFlops,
+    break_even_rank,
+    full_rank_update,
+    layer_work,
+    low_rank_update,
+    num_merged,
+)
+from relora.forecast.memory import (
+    COMMON_GPUS_GIB,
+    GIB,
+    RESERVED_SHARE,
+    Fit,
+    Line,
+    StageMemory,
+    StageModel,
+    assemble,
+    divisors_of,
+    fit,
+    line_through,
+    stage_model,
+)
+from relora.train.stages import Stage, stages
+
+
+def restart_advice(config: Config) -> Iterator[str]:
+    """Restarts whose learning rate does not recover, and runs without restarts."""
+    plan, rewarm = Plan(config), config.schedule.restart_warmup_steps
+    every = plan.restart_every
+    if not plan.has_low_rank_stage or every is None:
+        return
+    num_restarts = plan.restarts_done(plan.max_steps)
+    if num_restarts == 0:
+        yield (
+            f"relora.restart_every = {every}: no restart comes before the end at {plan.max_steps}, so the update stays "
+            f"of rank {config.lora.r}"
+        )
+        return
+    last = plan.warm_start_steps + num_restarts * every
+    if last < plan.max_steps < last + rewarm:
+        yield (
+            f"the restart at {last} is followed by {plan.max_steps - last} updates and a re-warm-up of {rewarm}: its "
+            "learning rate never recovers before the end"
+        )
+    if every <= rewarm:
+        yield (
+            f"relora.restart_every = {every}: schedule.restart_warmup_steps = {rewarm}, so the learning rate is never "
+            "down from one re-warm-up before the next begins"
+        )
+
+
+def route_advice(config: Config, *, break_even: int, ratio: float) -> Iterator[str]:
+    """Low-rank updates that cost more than full-rank ones, and what keeps them from being cheaper."""
+    r, lora = config.lora.r, lora_config(config)
+    if r > break_even:
+        yield (
+            f"lora.r = {r}: above {break_even} low-rank updates need more FLOPs than full-rank ones (here {ratio:.2f} "
+            "times as many)"
+        )
+    if lora.lora_dropout > 0:
+        yield f"lora.lora_dropout = {lora.lora_dropout}: rules out the merged forward pass, one product with W + delta"
+    if lora.base_dtype not in (None, "float32"):
+        yield f"lora.base_dtype = {lora.base_dtype}: rules out the merged forward pass, W + delta would be rounded away"
+
+
+def saving_advice(full: int, low: int) -> Iterator[str]:
+    """Low-rank training that saves no memory. `full` and `low` are the peaks of the two stages."""
+    if low >= full:
+        yield f"low rank takes no less memory than full rank: {low / 2**20:,.0f} MiB against {full / 2**20:,.0f}"
+
+
+def room_advice(stage: str, peak: int, *, room: float | None) -> Iterator[str]:
+    """A stage that does not fit into `room` bytes of a device, if that is known."""
+    if room is not None and peak > room:
+        yield (
+            f"stage {stage} needs {peak / 2**30:.1f} GiB and the device leaves {room / 2**30:.1f}: try "
+            "model.gradient_checkpointing, a smaller training.per_device_batch_size, or an engine that shards"
+        )
+
+
+# The least batch whose peak is on the line: with fewer samples the gradients may be what is most.
+LEAST_ON_LINE = 2
+
+
+@dataclass(frozen=True)
+class Compute:
+    """FLOPs of an update over all processes; `low_rank` and what follows is None without a low-rank stage.
+
+    Attributes:
+        expected_ratio: time of a low-rank update over a full-rank one, if products took all of it.
+        merged_layers: how many of the wrapped layers compute with W + delta.
+        break_even_rank: the largest r at which low rank costs no more.
+    """
+
+    full_rank: UpdateFlops
+    low_rank: UpdateFlops | None = None
+    expected_ratio: float | None = None
+    merged_layers: int | None = None
+    wrapped_layers: int | None = None
+    break_even_rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will need.
+
+    Attributes:
+        numbers: what the settings amount to, with restarts and reachable rank.
+        models: the census of each stage.
+        memory: of one process, by stage.
+        sent: bytes that one process sends, by stage.
+        lines: peak over the batch, by stage.
+    """
+
+    launch: Launch
+    numbers: dict[str, Any]
+    models: dict[str, StageModel]
+    memory: dict[str, StageMemory]
+    compute: Compute
+    sent: dict[str, Traffic]
+    lines: dict[str, Line]
+    fits: list[Fit]
+    advice: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {
+            "peaks": {name: {"update": memory.update, "peak": memory.peak} for name, memory in self.memory.items()}
+        }
+
+
+def forecast(
+    config: Config, hf_config: PretrainedConfig, launch: Launch, *, device_gib: float | None = None
+) -> Forecast:
+    """Look ahead. Nothing is allocated, nothing is read but the model's configuration.
+
+    Args:
+        device_gib: memory of one device, beside that of the common ones.
+
+    Raises:
+        ValueError: the global batch cannot be divided over the processes.
+    """
+    config = _as_launched(config, launch)
+    plan, numbers = Plan(config), derived_numbers(config, launch.num_processes)
+    models, memory, lines = dict[str, StageModel](), dict[str, StageMemory](), dict[str, Line]()
+    for stage in stages_beside_full_rank(plan):
+        models[stage.name] = stage_model(stage, config, hf_config)
+        memory[stage.name], lines[stage.name] = _look(stage, config, hf_config, launch, models[stage.name])
+    compute = _compute(config, layer_work(config, hf_config, device_type="cuda" if launch.on_gpu else "cpu"))
+    of_the_run: dict[str, Line] = {stage.name: lines[stage.name] for stage in stages(plan)}
+    divisors = divisors_of(config.training.global_batch_size, launch.num_processes)
+    sizes = sorted({*COMMON_GPUS_GIB, *([device_gib] if device_gib is not None else [])})
+    return Forecast(
+        launch=launch,
+        numbers=numbers | _reachable(config, launch, models),
+        models=models,
+        memory=memory,
+        compute=compute,
+        sent={name: traffic(launch, config, model.parts) for name, model in models.items()},
+        lines=lines,
+        fits=[fit(gib, of_the_run, divisors) for gib in sizes],
+        advice=[*restart_advice(config), *_advice(config, memory, compute, device_gib)],
+    )
+
+
+def _as_launched(config: Config, launch: Launch) -> Config:
+    """W + delta is kept only where W is whole between two passes, and no compiler decides what is."""
+    if launch.engine in ("one", "ddp") and not config.model.torch_compile:
+        return config
+    return config.model_copy(update={"lora": config.lora.model_copy(update={"keep_merged": False})})
+
+
+def stages_beside_full_rank(plan: Plan) -> list[Stage]:
+    """A full-rank stage, whether the run has one or it is only what low rank is held against, then the low-rank one."""
+    low = [Stage("relora", plan.max_steps)] if plan.has_low_rank_stage else []
+    return [Stage("warm_start", plan.warm_start_steps or plan.max_steps), *low]
+
+
+def _look(
+    stage: Stage, config: Config, hf_config: PretrainedConfig, launch: Launch, model: StageModel
+) -> tuple[StageMemory, Line]:
+    """The memory at the configured batch, and how it grows with the batch on a GPU."""
+    batch = config.training.per_device_batch_size
+
+    @cache
+    def rehearsed(batch_size: int, on_gpu: bool) -> Rehearsal:
+        return rehearse(stage, config, hf_config, batch_size=batch_size, on_gpu=on_gpu)
+
+    def at(batch_size: int, here: Launch) -> StageMemory:
+        return assemble(stage, config, here, model, rehearsed(batch_size, here.on_gpu))
+
+    small, on_gpu = max(batch, LEAST_ON_LINE), replace(launch, on_gpu=True)
+    line = line_through(at(small, on_gpu), at(2 * small, on_gpu), small, 2 * small)
+    return at(batch, launch), line
+
+
+def _compute(config: Config, work: LayerWork) -> Compute:
+    training = config.training
+    num_tokens = training.per_device_batch_size * config.data.sequence_length
+    num_calls = training.global_batch_size // training.per_device_batch_size
+    full = full_rank_update(work, num_calls=num_calls, num_tokens=num_tokens)
+    if training.method == "full":
+        return Compute(full)
+    low = low_rank_update(work, num_calls=num_calls, num_tokens=num_tokens, r=config.lora.r)
+    return Compute(
+        full,
+        low,
+        expected_ratio=low.total / full.total,
+        merged_layers=num_merged(work, num_tokens=num_tokens, r=config.lora.r),
+        wrapped_layers=len(work.wrapped),
+        break_even_rank=break_even_rank(work, num_tokens=num_tokens),
+    )
+
+
+def _reachable(config: Config, launch: Launch, models: Mapping[str, StageModel]) -> dict[str, Any]:
+    """The rank that the sum of all updates can have, and how many layers it fills."""
+    if "relora" not in models:
+        return {}
+    together = launch.num_processes if config.relora.sync == "restart" else 1
+    rank = (Plan(config).restarts_done(config.training.max_steps) + 1) * config.lora.r * together
+    sides = [min(shape) for shape in models["relora"].parameter_report.wrapped_layers.values()]
+    return {"reachable_rank": rank, "full_rank_layers": sum(rank >= side for side in sides)}
+
+
+def _advice(
+    config: Config, memory: Mapping[str, StageMemory], compute: Compute, device_gib: float | None
+) -> Iterator[str]:
+    room = None if device_gib is None else device_gib * GIB * (1 - RESERVED_SHARE)
+    for stage in stages(Plan(config)):
+        yield from room_advice(stage.name, memory[stage.name].peak, room=room)
+    if compute.break_even_rank is not None and compute.expected_ratio is not None:
+        yield from route_advice(config, break_even=compute.break_even_rank, ratio=compute.expected_ratio)
+        yield from saving_advice(memory["warm_start"].peak, memory["relora"].peak)

@@ -1,1 +1,0 @@
-"""What surrounds the loop: engines, checkpoints, metrics, evaluation, export."""

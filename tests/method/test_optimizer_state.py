@@ -1,0 +1,143 @@
+"""Restarts of an optimizer whose moments are 8-bit codes: what counts as zero is the value, not the code."""
+
+import importlib.util
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from relora import LoRAConfig, build_optimizer, inject_lora, restart
+from relora.method import optimizer as optimizer_module
+from relora.method.optimizer_state import BESIDE, coded_tensors, decoded
+from relora.method.store import TorchStore
+
+WIDE, NARROW, R = 1100, 30, 4  # A of the wide layer has 4400 entries, 17 blocks and a part; of the narrow one 120
+
+
+def trained(num_updates: int = 3) -> tuple[nn.Module, Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDE, NARROW, bias=False), nn.Tanh(), nn.Linear(NARROW, WIDE, bias=False))
+    inject_lora(model, LoRAConfig(r=R, lora_alpha=8), seed=0)
+    optimizer = build_optimizer(model, name="adamw_8bit", learning_rate=1e-2)
+    update(model, optimizer, num_updates)
+    return model, optimizer
+
+
+def update(model: nn.Module, optimizer: Optimizer, num_updates: int = 1) -> None:
+    for number in range(num_updates):
+        x = torch.randn(16, WIDE, generator=torch.Generator().manual_seed(number))
+        optimizer.zero_grad()
+        (model(x) - x.roll(1, 1)).square().mean().backward()
+        optimizer.step()
+
+
+def factors(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def values(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """The two moments as numbers."""
+    state = optimizer.state[parameter]
+    coded = coded_tensors(state)
+    return {
+        slot: decoded(*(state[name] for name in (slot, *BESIDE[slot]))) if coded else state[slot] for slot in BESIDE
+    }
+
+
+def fill(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Moments none of whose entries is zero."""
+    generator = torch.Generator().manual_seed(1)
+    for slot in BESIDE:
+        state = optimizer.state[parameter]
+        if state[slot].dtype == torch.uint8:
+            state[slot].random_(1, 100, generator=generator)
+            state[BESIDE[slot][0]].uniform_(0.5, 2, generator=generator)
+        else:
+            state[slot].uniform_(0.5, 2, generator=generator)
+
+
+def test_wide_factors_are_coded_and_narrow_ones_are_not() -> None:
+    model, optimizer = trained()
+    kinds = [optimizer.state[p]["state1"].dtype for p in factors(model)]
+    assert kinds == [torch.uint8, torch.float32, torch.float32, torch.uint8]
+    assert set(TorchStore().slots(optimizer, factors(model)[0])) == {*BESIDE, *BESIDE["state1"], *BESIDE["state2"]}
+    assert set(TorchStore().slots(optimizer, factors(model)[1])) == set(BESIDE)
+
+
+def test_decoded_is_what_bitsandbytes_takes_it_for() -> None:
+    model, optimizer = trained()
+    for parameter in (factors(model)[0], factors(model)[3]):
+        state = optimizer.state[parameter]
+        for slot, (scales, table) in BESIDE.items():
+            theirs = torch.ops.bitsandbytes.dequantize_blockwise(
+                state[slot].flatten(), state[scales], state[table], 256, torch.float32
+            )
+            assert theirs.any()
+            assert torch.equal(values(optimizer, parameter)[slot].flatten(), theirs)
+
+
+def test_zero_is_zero_as_a_value_and_training_goes_on_as_with_a_new_optimizer() -> None:
+    results = []
+    for fresh in (False, True):
+        model, optimizer = trained()
+        assert all(moment.any() for p in factors(model) for moment in values(optimizer, p).values())
+        report = restart(model, optimizer, seed=0, index=1)
+        assert report.optimizer_zeroed_fraction == 1
+        assert not any(moment.any() for p in factors(model) for moment in values(optimizer, p).values())
+        assert [optimizer.state[p]["step"] for p in factors(model)] == [0] * 4
+        if fresh:
+            optimizer = build_optimizer(model, name="adamw_8bit", learning_rate=1e-2)
+        update(model, optimizer, 3)
+        results.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("reset", ["magnitude", "random"])
+@pytest.mark.parametrize("ratio", [0.9, 0.3, 1.0])
+def test_pruning_clears_exactly_the_ratio_and_leaves_the_rest_to_the_bit(reset: Any, ratio: float) -> None:
+    model, optimizer = trained()
+    before = {}
+    for number, p in enumerate(factors(model)):
+        fill(optimizer, p)
+        before[number] = {slot: moment.clone() for slot, moment in values(optimizer, p).items()}
+        assert all(moment.all() for moment in before[number].values())
+    restart(model, optimizer, seed=0, index=1, optimizer_reset=reset, prune_ratio=ratio)
+    for number, p in enumerate(factors(model)):
+        first, second = values(optimizer, p).values()
+        assert torch.equal(first == 0, second == 0)
+        assert (first == 0).sum() == math.floor(ratio * p.numel())
+        for slot, moment in values(optimizer, p).items():
+            assert torch.equal(moment, before[number][slot].masked_fill(moment == 0, 0))
+        if reset == "magnitude" and ratio < 1:
+            size = before[number]["state1"].abs()
+            assert size[first == 0].max() <= size[first != 0].min()
+        assert optimizer.state[p]["step"] == 3
+
+
+def test_codes_of_zero_are_not_zero_and_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, optimizer = trained()
+
+    def codes_only(codes: Tensor, scales: Tensor, table: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+        return codes.masked_fill(mask, 0), scales
+
+    monkeypatch.setattr(optimizer_module, "cleared", codes_only)
+    with pytest.raises(RuntimeError, match="reads back with 4400 that are not 0"):
+        restart(model, optimizer, seed=0, index=1)
+    state = optimizer.state[factors(model)[0]]
+    assert not state["state1"].any()
+    assert values(optimizer, factors(model)[0])["state1"].abs().max() > 0
+
+
+def test_without_bitsandbytes_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = trained(0)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"adamw_8bit needs bitsandbytes: pip install 'relora\[quantization\]'"):
+        build_optimizer(model, name="adamw_8bit")
+
+
+def test_unknown_optimizer() -> None:
+    with pytest.raises(ValueError, match=r"must be one of .*adamw_8bit.*, not 'sgd'"):
+        build_optimizer(trained(0)[0], name="sgd")

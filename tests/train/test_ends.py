@@ -1,0 +1,187 @@
+"""Runs of two processes that are ended from outside: in order, or not."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import relora.train.loop
+from relora.checkpoint.load import complete_checkpoints, verify_checkpoint
+from relora.checkpoint.save import Checkpoints
+from relora.cli import main
+from relora.config import check
+from relora.train.loop import micro_batch_seed
+from relora.train.signals import Stopped
+from relora.train.train import train
+from tests.helpers.launch import command, written
+from tests.helpers.programs import ROOT, end_group
+from tests.helpers.tiny import metrics, settings
+
+LONG = {
+    "training__save_steps": 10_000,
+    "training__eval_steps": 10_000,
+    "training__max_steps": 40_000,
+    "training__probe_steps": 0,
+}
+
+
+@contextmanager
+def launched(kind: str, config: Path, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A launch that is gone with all its processes afterwards."""
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            command(kind, config), cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        ) as process,
+    ):
+        ranks = []
+        try:
+            wait_until(lambda: process.poll() is not None or steps_done(config) > 12, log)
+            assert process.poll() is None, log.read_text()[-3000:]
+            ranks = children(process.pid)
+            yield process
+        finally:
+            for group in (process.pid, *ranks):  # torchrun's ranks have sessions of their own
+                end_group(group)
+
+
+def wait_until(reached: Callable[[], bool], log: Path, *, patience_s: float = 120) -> float:
+    """Seconds until `reached`."""
+    start_s = time.monotonic()
+    while not reached():
+        assert time.monotonic() - start_s < patience_s, log.read_text()[-3000:]
+        time.sleep(0.05)
+    return time.monotonic() - start_s
+
+
+def steps_done(config: Path) -> int:
+    lines = config.with_suffix("") / "metrics.jsonl"
+    return len(lines.read_text().splitlines()) if lines.exists() else 0
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def status(config: Path) -> dict[str, Any]:
+    return dict(json.loads((config.with_suffix("") / "status.json").read_text()))
+
+
+def long_run(corpus: Path, folder: Path, **overrides: Any) -> Path:
+    return written(settings(corpus, folder / "run", **LONG | overrides), folder)
+
+
+def assert_ended_in_order(config: Path, why: str) -> None:
+    told = status(config)
+    assert told["status"] == "preempted"
+    assert told["reason"] == f"{why}: ended after update {told['step']}; goes on from step {told['step']}"
+    [checkpoint] = complete_checkpoints(config.with_suffix("") / "checkpoints")
+    assert checkpoint.name == f"step-{told['step']:08d}"
+    verify_checkpoint(checkpoint)
+
+
+def test_a_signal_to_the_launcher_ends_the_run_in_order(corpus: Path, tmp_path: Path) -> None:
+    # torchrun sends it to the whole group of each rank, the readers of its data among them.
+    config, log = long_run(corpus, tmp_path, data__num_workers=1), tmp_path / "log"
+    with launched("ddp_cpu", config, log) as launcher:
+        launcher.send_signal(signal.SIGTERM)
+        assert wait_until(lambda: launcher.poll() is not None, log) < 25
+    assert_ended_in_order(config, "SIGTERM came")
+
+
+def test_a_signal_to_one_rank_ends_all_in_order(corpus: Path, tmp_path: Path) -> None:
+    config, log = long_run(corpus, tmp_path), tmp_path / "log"
+    with launched("fsdp2_cpu", config, log) as launcher:
+        os.kill(children(launcher.pid)[1], signal.SIGUSR1)
+        assert wait_until(lambda: launcher.poll() is not None, log) < 25
+        assert launcher.returncode != 0
+    assert_ended_in_order(config, "asked to stop")
+    assert log.read_text().count("relora: SIGUSR1 came") == 1
+    assert "exitcode  : 143" in log.read_text()
+
+
+def test_a_rank_that_dies_takes_the_others_down(corpus: Path, tmp_path: Path) -> None:
+    config, log = long_run(corpus, tmp_path, training__save_steps=1), tmp_path / "log"
+    with launched("zero2_cpu", config, log) as launcher:
+        ranks = children(launcher.pid)
+        os.kill(ranks[1], signal.SIGKILL)
+        assert wait_until(lambda: launcher.poll() is not None, log) < 60
+        assert not [rank for rank in ranks if Path(f"/proc/{rank}/exe").exists()]
+    assert re.search(r"rank\s+: 1.*\n.*exitcode\s+: -9", log.read_text()), log.read_text()[-2000:]
+    assert status(config)["status"] in ("failed", "running")
+    for checkpoint in complete_checkpoints(config.with_suffix("") / "checkpoints"):
+        verify_checkpoint(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    tree = settings(corpus, tmp_path_factory.mktemp("whole") / "run", training__save_steps=5)
+    train(check(tree))
+    return tree
+
+
+def ask_after(step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    """Send this process a signal in the middle of the update that leads to `step`."""
+
+    def seed(*arguments: Any) -> int:
+        if arguments[1] == (step - 1) * 8:
+            os.kill(os.getpid(), number)
+        return micro_batch_seed(*arguments)
+
+    monkeypatch.setattr(relora.train.loop, "micro_batch_seed", seed)
+
+
+@pytest.mark.parametrize("step", [2, 5, 7, 8], ids=["nothing due", "checkpoint due", "restart due", "evaluation due"])
+def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(
+    whole: dict[str, Any], step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = whole | {"output_dir": str(tmp_path / "run")}
+    ask_after(step, monkeypatch, signal.SIGUSR1)
+    with pytest.raises(Stopped, match=f"SIGUSR1 came: ended after update {step}; goes on from step {step}"):
+        train(check(tree))
+    monkeypatch.undo()
+    assert status(tmp_path / "run.yaml")["status"] == "preempted"
+    train(check(tree))
+    assert sorted(metrics(tree["output_dir"]), key=str) == sorted(metrics(whole["output_dir"]), key=str)
+    ours, theirs = (load_file(Path(run["output_dir"]) / "final/model.safetensors") for run in (tree, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_no_checkpoint_is_begun_that_would_take_too_long(
+    whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = whole | {"output_dir": str(tmp_path / "run")}
+    ask_after(7, monkeypatch, signal.SIGTERM)
+    monkeypatch.setattr(Checkpoints, "expected_seconds", lambda _: 31.0)
+    with pytest.raises(Stopped, match="SIGTERM came: ended after update 7; goes on from step 5"):
+        train(check(tree))
+    assert not list((tmp_path / "run/checkpoints").glob(".draft-*"))
+
+
+def test_a_signal_in_the_last_update_changes_nothing(
+    whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = whole | {"output_dir": str(tmp_path / "run")}
+    ask_after(12, monkeypatch, signal.SIGTERM)
+    train(check(tree))
+    assert metrics(tree["output_dir"]) == metrics(whole["output_dir"])
+    assert status(tmp_path / "run.yaml")["status"] == "finished"
+
+
+def test_the_command_ends_with_143(
+    whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask_after(3, monkeypatch, signal.SIGINT)
+    path = written(whole | {"output_dir": str(tmp_path / "run")}, tmp_path)
+    assert main(["train", str(path)]) == 143
+    assert "relora: SIGINT came: ended after update 3" in capsys.readouterr().err
