@@ -12,7 +12,7 @@ from torch import Tensor
 from relora.checkpoint.state import Clock, State
 from relora.config import UserError
 from relora.files import sha256_of
-from relora.method.schedule import StageName
+from relora.method.choices import StageName
 
 FORMAT: Literal[1] = 1
 MANIFEST = "MANIFEST.json"

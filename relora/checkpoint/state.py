@@ -10,7 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from relora.method.schedule import StageName
+from relora.method.choices import StageName
 
 
 @dataclass(frozen=True)

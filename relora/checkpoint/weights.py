@@ -69,10 +69,10 @@ def merged_model(
 
 def _merged(state: State, section: ModelSection, hf_config: PretrainedConfig, lora: LoRAConfig) -> PreTrainedModel:
     model = empty_model(section, hf_config)
-    if state.stage == "relora":
+    if state.stage == "low_rank":
         inject_lora(model, replace(lora, base_dtype=None))  # a checkpoint holds the exact weights
     load_weights(model, state.weights, TorchStore())
-    if state.stage == "relora":
+    if state.stage == "low_rank":
         merge_lora(model)
     return model
 

@@ -18,7 +18,7 @@ from relora.model.model import load_hf_config
 from relora.train.run import check_model
 
 MIB = 2**20
-TITLES = {"warm_start": "full rank", "relora": "low rank"}
+TITLES = {"full_rank": "full rank", "low_rank": "low rank"}
 
 
 def plan(
@@ -123,7 +123,7 @@ def _traffic(seen: Forecast) -> Iterator[str]:
         return
     yield "\nMiB that one process sends, at most"
     yield _row("in an update", [_mib(sent.update) for sent in seen.sent.values()])
-    yield _row("at a restart", [_mib(sent.restart) if name == "relora" else "" for name, sent in seen.sent.items()])
+    yield _row("at a restart", [_mib(sent.restart) if name == "low_rank" else "" for name, sent in seen.sent.items()])
 
 
 def _gpus(seen: Forecast) -> Iterator[str]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
@@ -10,63 +9,24 @@ from pydantic import BaseModel
 from relora.config.reference import fields, part_of_the_run
 from relora.config.schema import Config
 from relora.method.lora import LoRAConfig
-from relora.method.schedule import lr_multiplier, restart_due, restarts_done, stage
+from relora.method.schedule import Schedule
 
 
-@dataclass(frozen=True)
-class Plan:
-    """When what happens in a run: pure functions of the step, with the numbers of one configuration."""
-
-    config: Config
-
-    @property
-    def max_steps(self) -> int:
-        return self.config.training.max_steps
-
-    @property
-    def warm_start_steps(self) -> int:
-        """Full-rank updates at the start; all of them with method full."""
-        return self.max_steps if self.config.training.method == "full" else self.config.relora.warm_start_steps
-
-    @property
-    def restart_every(self) -> int | None:
-        return self.config.relora.restart_every if self.config.training.method == "relora" else None
-
-    def learning_rate(self, step: int) -> float:
-        """The rate of the update from `step` to `step + 1`."""
-        optim, schedule = self.config.optim, self.config.schedule
-        multiplier = lr_multiplier(
-            step,
-            max_steps=self.max_steps,
-            warmup_steps=schedule.warmup_steps,
-            restart_every=self.restart_every,
-            restart_warmup_steps=schedule.restart_warmup_steps,
-            min_lr_ratio=schedule.min_lr_ratio,
-            warm_start_steps=self.warm_start_steps,
-        )
-        warm = stage(step, warm_start_steps=self.warm_start_steps) == "warm_start" and self.has_low_rank_stage
-        warm_rate = optim.warm_start_learning_rate
-        return multiplier * (warm_rate if warm and warm_rate is not None else optim.learning_rate)
-
-    @property
-    def has_low_rank_stage(self) -> bool:
-        return self.config.training.method != "full"
-
-    @property
-    def _restarts(self) -> dict[str, Any]:
-        # Restarts fall before the end; processes that train apart meet at the end too.
-        meets_at_end = self.config.relora.sync == "restart"
-        return {
-            "max_steps": self.max_steps + meets_at_end,
-            "restart_every": self.restart_every,
-            "warm_start_steps": self.warm_start_steps,
-        }
-
-    def restart_due(self, step: int) -> bool:
-        return restart_due(step, **self._restarts)
-
-    def restarts_done(self, step: int) -> int:
-        return restarts_done(step, **self._restarts)
+def schedule_of(config: Config) -> Schedule:
+    """The learning rates and the restarts of a run. Raises ValueError as `Schedule` does."""
+    training, relora = config.training, config.relora
+    return Schedule(
+        max_steps=training.max_steps,
+        warmup_steps=config.schedule.warmup_steps,
+        restart_every=relora.restart_every if training.method == "relora" else None,
+        restart_warmup_steps=config.schedule.restart_warmup_steps,
+        min_lr_ratio=config.schedule.min_lr_ratio,
+        warm_start_steps=training.max_steps if training.method == "full" else relora.warm_start_steps,
+        learning_rate=config.optim.learning_rate,
+        warm_start_learning_rate=config.optim.warm_start_learning_rate,
+        # Processes that train apart synchronize at the end too.
+        restart_at_end=relora.sync == "restart",
+    )
 
 
 def accumulation_steps(config: Config, num_processes: int) -> int:
@@ -104,14 +64,14 @@ def lora_config(config: Config) -> LoRAConfig:
 
 def derived_numbers(config: Config, num_processes: int) -> dict[str, Any]:
     """For people: what the settings amount to."""
-    plan, training = Plan(config), config.training
+    schedule, training = schedule_of(config), config.training
     numbers: dict[str, Any] = {
         "gradient_accumulation_steps": accumulation_steps(config, num_processes),
         "tokens_per_update": training.global_batch_size * config.data.sequence_length,
         "tokens_in_all": training.max_steps * training.global_batch_size * config.data.sequence_length,
     }
-    if plan.has_low_rank_stage:
-        restarts = plan.restarts_done(plan.max_steps)
+    if schedule.has_low_rank_stage:
+        restarts = schedule.restarts_done(schedule.max_steps)
         numbers |= {
             "lora_scale": lora_config(config).scale,
             "restarts": restarts,

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
+from relora.method.choices import BaseDtype, Bias, Forward, OptimizerName, ReinitName, ResetName
+
 Count = Annotated[int, Field(ge=1)]
 CountFromZero = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
@@ -92,9 +94,7 @@ class LoraSection(Section):
     lora_alpha: Annotated[float, Field(gt=0)] = Field(32, description="scale = lora_alpha / r")
     use_rslora: bool = Field(False, description="scale = lora_alpha / sqrt(r) instead")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the input of A")
-    bias: Literal["none", "all", "lora_only"] = Field(
-        "none", description="which biases train in full: none, all, or those of wrapped layers"
-    )
+    bias: Bias = Field("none", description="which biases train in full: none, all, or those of wrapped layers")
     target_modules: Name | Annotated[tuple[Name, ...], Field(min_length=1, strict=False)] = Field(
         "all-linear",
         description="PEFT's rules: all-linear (without the output head), a list of suffixes, or a regex",
@@ -104,7 +104,7 @@ class LoraSection(Section):
         description="modules that train in full; auto: none when continuing a pretrained model, "
         "from scratch every parameter that is not a wrapped weight",
     )
-    base_dtype: Literal["float32", "bfloat16", "int8", "nf4"] = Field(
+    base_dtype: BaseDtype = Field(
         "float32",
         description="how the frozen weights are stored; beside any but float32 an exact float32 master is kept, "
         "which takes the merges (int8 and nf4: relora[quantization])",
@@ -114,7 +114,7 @@ class LoraSection(Section):
         description="where these masters rest: in memory, or mapped from files in output_dir",
         json_schema_extra=HOW,
     )
-    forward: Literal["auto", "merged", "factored"] = Field(
+    forward: Forward = Field(
         "auto",
         description="merged: one product with W + s B A (base_dtype float32, no dropout); factored: x A^T B^T beside "
         "x W^T; auto: whichever needs fewer FLOPs",
@@ -131,10 +131,8 @@ class LoraSection(Section):
 class ReloraSection(Section):
     restart_every: Count | None = Field(2000, description="updates between restarts; null: no restarts")
     warm_start_steps: CountFromZero = Field(0, description="full-rank updates before the first low-rank one")
-    reinit: Literal["kaiming", "orthogonal"] = Field("kaiming", description="how A is drawn; B is zero")
-    optimizer_reset: Literal["zero", "magnitude", "random", "keep"] = Field(
-        "zero", description="what a restart does to the optimizer state of A and B"
-    )
+    reinit: ReinitName = Field("kaiming", description="how A is drawn; B is zero")
+    optimizer_reset: ResetName = Field("zero", description="what a restart does to the optimizer state of A and B")
     prune_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="share of the moments that magnitude and random set to zero"
     )
@@ -154,7 +152,7 @@ class ReloraSection(Section):
 
 
 class OptimSection(Section):
-    name: Literal["adamw", "adamw_fused", "adamw_8bit"] = Field(
+    name: OptimizerName = Field(
         "adamw",
         description="torch's AdamW; adamw_fused: its fused kernel, which a GPU need not wait for between updates; "
         "adamw_8bit: bitsandbytes', moments in 8 bits (one process or DDP)",

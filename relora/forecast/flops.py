@@ -14,9 +14,10 @@ from transformers import PretrainedConfig
 from relora.config import Config
 from relora.config.derived import lora_config
 from relora.forecast.dry_run import fake, fake_batch, fake_model
+from relora.method.choices import Forward, Route
 from relora.method.lora import is_linear
 from relora.method.parameter_report import parameter_report
-from relora.method.routes import Forward, Route, choose_route, factored_flops, form_cost, full_rank_flops, merged_flops
+from relora.method.routes import choose_route, factored_flops, form_cost, full_rank_flops, merged_flops
 from relora.train.stages import Stage
 
 Shape = tuple[int, int]  # (d_out, d_in)
@@ -126,8 +127,8 @@ def layer_work(config: Config, hf_config: PretrainedConfig, *, device_type: str 
     What is computed again to save memory (checkpointing) does not count.
     """
     counted, lora = _forward(config, hf_config), lora_config(config)
-    full = _linear_layers(Stage("warm_start", 1), config, hf_config)
-    low = _linear_layers(Stage("relora", 1), config, hf_config) if config.training.method != "full" else full
+    full = _linear_layers(Stage("full_rank", 1), config, hf_config)
+    low = _linear_layers(Stage("low_rank", 1), config, hf_config) if config.training.method != "full" else full
     dtype = torch.bfloat16 if config.training.mixed_precision == "bf16" else torch.float32
     rest = counted.of_weights - sum(2 * d_in * d_out for d_out, d_in in low.wrapped)
     return LayerWork(
@@ -163,7 +164,7 @@ def _forward(config: Config, hf_config: PretrainedConfig) -> _Counted:
     # The eager kernel's products are plain ones, which torch counts; sdpa's on a CPU it does not.
     eager = config.model.model_copy(update={"attn_implementation": "eager"})
     with fake():
-        model = fake_model(Stage("warm_start", 1), config.model_copy(update={"model": eager}), hf_config).eval()
+        model = fake_model(Stage("full_rank", 1), config.model_copy(update={"model": eager}), hf_config).eval()
         batch = fake_batch(config, batch_size=2)
         del batch["labels"]
         with FlopCounterMode(display=False) as counter:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from relora.config import Config
-from relora.config.derived import Plan, derived_numbers, lora_config
+from relora.config.derived import derived_numbers, lora_config, schedule_of
 from relora.forecast.dry_run import Rehearsal, rehearse
 from relora.forecast.engine_costs import Launch, Traffic, traffic
 from relora.forecast.flops import (
@@ -34,27 +34,28 @@ from relora.forecast.memory import (
     line_through,
     stage_model,
 )
+from relora.method.schedule import Schedule
 from relora.train.stages import Stage, stages
 
 
 def restart_advice(config: Config) -> Iterator[str]:
     """Restarts whose learning rate does not recover, and runs without restarts."""
-    plan, rewarm = Plan(config), config.schedule.restart_warmup_steps
-    every = plan.restart_every
-    if not plan.has_low_rank_stage or every is None:
+    schedule, rewarm = schedule_of(config), config.schedule.restart_warmup_steps
+    every = schedule.restart_every
+    if not schedule.has_low_rank_stage or every is None:
         return
-    num_restarts = plan.restarts_done(plan.max_steps)
+    num_restarts = schedule.restarts_done(schedule.max_steps)
     if num_restarts == 0:
         yield (
-            f"relora.restart_every = {every}: no restart comes before the end at {plan.max_steps}, so the update stays "
-            f"of rank {config.lora.r}"
+            f"relora.restart_every = {every}: no restart comes before the end at {schedule.max_steps}, so the update "
+            f"stays of rank {config.lora.r}"
         )
         return
-    last = plan.warm_start_steps + num_restarts * every
-    if last < plan.max_steps < last + rewarm:
+    last = schedule.warm_start_steps + num_restarts * every
+    if last < schedule.max_steps < last + rewarm:
         yield (
-            f"the restart at {last} is followed by {plan.max_steps - last} updates and a re-warm-up of {rewarm}: its "
-            "learning rate never recovers before the end"
+            f"the restart at {last} is followed by {schedule.max_steps - last} updates and a re-warm-up of {rewarm}: "
+            "its learning rate never recovers before the end"
         )
     if every <= rewarm:
         yield (
@@ -154,13 +155,13 @@ def forecast(
         ValueError: the global batch cannot be divided over the processes.
     """
     config = _as_launched(config, launch)
-    plan, numbers = Plan(config), derived_numbers(config, launch.num_processes)
+    schedule, numbers = schedule_of(config), derived_numbers(config, launch.num_processes)
     models, memory, lines = dict[str, StageModel](), dict[str, StageMemory](), dict[str, Line]()
-    for stage in stages_beside_full_rank(plan):
+    for stage in stages_beside_full_rank(schedule):
         models[stage.name] = stage_model(stage, config, hf_config)
         memory[stage.name], lines[stage.name] = _look(stage, config, hf_config, launch, models[stage.name])
     compute = _compute(config, layer_work(config, hf_config, device_type="cuda" if launch.on_gpu else "cpu"))
-    of_the_run: dict[str, Line] = {stage.name: lines[stage.name] for stage in stages(plan)}
+    of_the_run: dict[str, Line] = {stage.name: lines[stage.name] for stage in stages(schedule)}
     divisors = divisors_of(config.training.global_batch_size, launch.num_processes)
     sizes = sorted({*COMMON_GPUS_GIB, *([device_gib] if device_gib is not None else [])})
     return Forecast(
@@ -183,10 +184,10 @@ def _as_launched(config: Config, launch: Launch) -> Config:
     return config.model_copy(update={"lora": config.lora.model_copy(update={"keep_merged": False})})
 
 
-def stages_beside_full_rank(plan: Plan) -> list[Stage]:
+def stages_beside_full_rank(schedule: Schedule) -> list[Stage]:
     """A full-rank stage, whether the run has one or it is only what low rank is held against, then the low-rank one."""
-    low = [Stage("relora", plan.max_steps)] if plan.has_low_rank_stage else []
-    return [Stage("warm_start", plan.warm_start_steps or plan.max_steps), *low]
+    low = [Stage("low_rank", schedule.max_steps)] if schedule.has_low_rank_stage else []
+    return [Stage("full_rank", schedule.warm_start_steps or schedule.max_steps), *low]
 
 
 def _look(
@@ -227,11 +228,11 @@ def _compute(config: Config, work: LayerWork) -> Compute:
 
 def _reachable(config: Config, launch: Launch, models: Mapping[str, StageModel]) -> dict[str, Any]:
     """The rank that the sum of all updates can have, and how many layers it fills."""
-    if "relora" not in models:
+    if "low_rank" not in models:
         return {}
     together = launch.num_processes if config.relora.sync == "restart" else 1
-    rank = (Plan(config).restarts_done(config.training.max_steps) + 1) * config.lora.r * together
-    sides = [min(shape) for shape in models["relora"].parameter_report.wrapped_layers.values()]
+    rank = (schedule_of(config).restarts_done(config.training.max_steps) + 1) * config.lora.r * together
+    sides = [min(shape) for shape in models["low_rank"].parameter_report.wrapped_layers.values()]
     return {"reachable_rank": rank, "full_rank_layers": sum(rank >= side for side in sides)}
 
 
@@ -239,8 +240,8 @@ def _advice(
     config: Config, memory: Mapping[str, StageMemory], compute: Compute, device_gib: float | None
 ) -> Iterator[str]:
     room = None if device_gib is None else device_gib * GIB * (1 - RESERVED_SHARE)
-    for stage in stages(Plan(config)):
+    for stage in stages(schedule_of(config)):
         yield from room_advice(stage.name, memory[stage.name].peak, room=room)
     if compute.break_even_rank is not None and compute.expected_ratio is not None:
         yield from route_advice(config, break_even=compute.break_even_rank, ratio=compute.expected_ratio)
-        yield from saving_advice(memory["warm_start"].peak, memory["relora"].peak)
+        yield from saving_advice(memory["full_rank"].peak, memory["low_rank"].peak)

@@ -10,12 +10,11 @@ import importlib.util
 import logging
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-BaseDtype = Literal["float32", "bfloat16", "int8", "nf4"]
+from relora.method.choices import BaseDtype
 
 INSTALL = "pip install 'relora[quantization]'"
 _BLOCK = 64

@@ -7,11 +7,12 @@ from typing import cast
 import torch
 from torch import nn
 
+from relora.method.choices import ReinitName
 from relora.method.lora import LoRAConfig, LoRALinear, is_linear, lora_layers
 from relora.method.merge import merge_layer
 from relora.method.names import canonical, named_parameters, tied_names
 from relora.method.parameter_report import ParameterReport, parameter_report
-from relora.method.reinit import Reinit, draw_lora_A, require_reinit
+from relora.method.reinit import draw_lora_A, require_reinit
 from relora.method.routes import merge_problem
 from relora.method.siblings import group_siblings
 from relora.method.store import TorchStore
@@ -119,7 +120,7 @@ def _tied(model: nn.Module, wanted: list[str]) -> list[str]:
 
 
 def inject_lora(
-    model: nn.Module, config: LoRAConfig, *, seed: int = 0, reinit: Reinit = "kaiming", draw_index: int = 0
+    model: nn.Module, config: LoRAConfig, *, seed: int = 0, reinit: ReinitName = "kaiming", draw_index: int = 0
 ) -> ParameterReport:
     """Wrap the target layers of `model` in place, and freeze what `config` does not train.
 
@@ -148,7 +149,7 @@ def inject_lora(
 
 
 @torch.no_grad()
-def draw_into(layer: LoRALinear, *, reinit: Reinit, seed: int, index: int, name: str, draw_index: int) -> None:
+def draw_into(layer: LoRALinear, *, reinit: ReinitName, seed: int, index: int, name: str, draw_index: int) -> None:
     """Draw the layer's A for the given key; nothing to do on the meta device, where there are no values."""
     if not layer.lora_A.is_meta:
         r, d_in = layer.lora_A.shape

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from relora.method.base_weights import WeightFormat
-from relora.method.routes import Route
+from relora.method.choices import Route
 
 # A wide W + delta that is to be rounded stays in a CPU's cache, some rows at a time: the whole one would go to memory
 # and back (2048 x 5461, r = 128, two AMD EPYC cores: 18 ms in place of 26).

@@ -13,11 +13,12 @@ from typing import Literal, Protocol, cast, get_args
 import torch
 from torch import Tensor, nn
 
-from relora.method.base_weights import BaseDtype, WeightFormat
+from relora.method.base_weights import WeightFormat
+from relora.method.choices import BaseDtype, Bias, Forward, Route
 from relora.method.kernels import Fixed, Projection, compute_dtype, project, project_dropped
 from relora.method.merged_cache import MergedWeightCache, can_cache, mark_written_in_place
 from relora.method.names import canonical
-from relora.method.routes import Forward, Route, choose_route, form_cost, merge_problem
+from relora.method.routes import choose_route, form_cost, merge_problem
 from relora.method.store import Shard
 
 
@@ -79,7 +80,7 @@ class LoRAConfig:
     lora_alpha: float = 32
     use_rslora: bool = False
     lora_dropout: float = 0.0
-    bias: Literal["none", "all", "lora_only"] = "none"
+    bias: Bias = "none"
     target_modules: str | tuple[str, ...] | list[str] = "all-linear"
     modules_to_save: Literal["rest"] | tuple[str, ...] | list[str] | None = None
     base_dtype: BaseDtype | None = None

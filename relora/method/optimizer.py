@@ -3,21 +3,19 @@
 import importlib
 import math
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from relora.method.base_weights import quantization_problem
+from relora.method.choices import OptimizerName, ResetName
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.method.optimizer_state import BESIDE, OF_CODES, cleared, decoded
 from relora.method.reinit import keyed_generator
 from relora.method.store import Store
-
-OptimizerName = Literal["adamw", "adamw_fused", "adamw_8bit"]
-OptimizerReset = Literal["zero", "magnitude", "random", "keep"]
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
@@ -94,7 +92,7 @@ def reset_state(
     optimizer: Optimizer,
     parameter: nn.Parameter,
     *,
-    mode: OptimizerReset,
+    mode: ResetName,
     prune_ratio: float,
     generator: Callable[[], torch.Generator],
     store: Store,

@@ -6,12 +6,12 @@ product with the other.
 
 import hashlib
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-Reinit = Literal["kaiming", "orthogonal"]
+from relora.method.choices import ReinitName
 
 
 def keyed_generator(seed: int, index: int, purpose: str, name: str) -> torch.Generator:
@@ -20,7 +20,9 @@ def keyed_generator(seed: int, index: int, purpose: str, name: str) -> torch.Gen
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big"))
 
 
-def draw_lora_A(r: int, d_in: int, *, reinit: Reinit, seed: int, index: int, name: str, draw_index: int = 0) -> Tensor:
+def draw_lora_A(
+    r: int, d_in: int, *, reinit: ReinitName, seed: int, index: int, name: str, draw_index: int = 0
+) -> Tensor:
     """A fresh A of shape (r, d_in), float32, on the CPU.
 
     `kaiming` is PEFT's and the paper's kaiming_uniform with a = sqrt(5), that is U(-1, 1) / sqrt(d_in).
@@ -58,5 +60,5 @@ def residual_factors(residual: Tensor, r: int, scale: float, generator: torch.Ge
 
 def require_reinit(reinit: str) -> None:
     """ValueError for a name that is none of ours; asked before a model is touched."""
-    if reinit not in get_args(Reinit):
-        raise ValueError(f"reinit must be one of {get_args(Reinit)}, not {reinit!r}")
+    if reinit not in get_args(ReinitName):
+        raise ValueError(f"reinit must be one of {get_args(ReinitName)}, not {reinit!r}")

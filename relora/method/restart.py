@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from relora.method.choices import ReinitName, ResetName
 from relora.method.lora import FACTORS, LoRALinear, lora_layers
 from relora.method.merge import Merge, carry_residual, merge_layer
-from relora.method.optimizer import OptimizerReset, prune_generator, require_state, reset_state
-from relora.method.reinit import Reinit, draw_lora_A, keyed_generator, require_reinit, residual_factors
+from relora.method.optimizer import prune_generator, require_state, reset_state
+from relora.method.reinit import draw_lora_A, keyed_generator, require_reinit, residual_factors
 from relora.method.store import Store, TorchStore
 
 
@@ -47,8 +48,8 @@ def restart(
     *,
     seed: int,
     index: int,
-    reinit: Reinit = "kaiming",
-    optimizer_reset: OptimizerReset = "zero",
+    reinit: ReinitName = "kaiming",
+    optimizer_reset: ResetName = "zero",
     prune_ratio: float = 0.9,
     store: Store | None = None,
     draw_index: int = 0,
@@ -154,7 +155,7 @@ def _check_options(
     if index < 1:
         raise ValueError(f"index must be >= 1 (0 is the draw at injection), not {index}")
     require_reinit(reinit)
-    if optimizer_reset not in get_args(OptimizerReset):
-        raise ValueError(f"optimizer_reset must be one of {get_args(OptimizerReset)}, not {optimizer_reset!r}")
+    if optimizer_reset not in get_args(ResetName):
+        raise ValueError(f"optimizer_reset must be one of {get_args(ResetName)}, not {optimizer_reset!r}")
     if not 0 < prune_ratio <= 1:
         raise ValueError(f"prune_ratio must be in (0, 1], not {prune_ratio}")

@@ -6,12 +6,9 @@ T tokens, W (d_out, d_in), rank r. Two routes give the same y and the same gradi
 The factors' gradients take the low-rank way in both: dA = scale * (dy B)^T x and dB = scale * dy^T (x A^T).
 """
 
-from typing import Literal
-
 import torch
 
-Route = Literal["merged", "factored"]
-Forward = Literal["auto", "merged", "factored"]
+from relora.method.choices import Forward, Route
 
 # What a FLOP in fp32 costs beside one in bf16 or fp16, where W + delta is formed. CPU: measured with AVX512-BF16,
 # form and cast at d = 1024 and 2048, r = 128 took 1.8 and 2.5. CUDA: about 16 on the data sheets of A100 and

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from relora.checkpoint.master_weights import exact_weights
 from relora.checkpoint.save import Checkpoints
 from relora.checkpoint.state import Clock, State
-from relora.config.derived import Plan
+from relora.config import Config
 from relora.data import PreparedData, eval_batches, probe_batch
 from relora.engines import Engine, TrainState
 from relora.method.lora import factor_names, lora_delta, lora_layers
 from relora.method.names import named_parameters
+from relora.method.schedule import Schedule
 from relora.model.generate import sample_text
 from relora.tracking.communication import Traffic
 from relora.tracking.tracker import Tracker
@@ -40,7 +41,8 @@ class Callbacks:
         about: what every checkpoint says of its run.
     """
 
-    plan: Plan
+    config: Config
+    schedule: Schedule
     stage: Stage
     engine: Engine
     live: TrainState
@@ -82,27 +84,27 @@ class Callbacks:
         A run now extended made no restart at its old end, where none was due; one that was stopped left the
         evaluation for later.
         """
-        if self.stage.is_low_rank and self.plan.restarts_done(state.clock.step) > state.cycle:
+        if self.stage.is_low_rank and self.schedule.restarts_done(state.clock.step) > state.cycle:
             self._restart(state.clock.step)
         if not state.evaluated:
             self._evaluate(state.clock.step)
 
     def _restart_due(self, step: int) -> bool:
-        return self.stage.is_low_rank and self.plan.restart_due(step)
+        return self.stage.is_low_rank and self.schedule.restart_due(step)
 
     def _probe_due(self, step: int) -> bool:
         """Among the first updates after a restart."""
-        done, every = self.plan.restarts_done(step), self.plan.restart_every
+        done, every = self.schedule.restarts_done(step), self.schedule.restart_every
         if not done or every is None:
             return False
-        return step - self.plan.warm_start_steps - done * every <= self.plan.config.training.probe_steps
+        return step - self.schedule.warm_start_steps - done * every <= self.config.training.probe_steps
 
     def _evaluation_due(self, step: int) -> bool:
-        ends = (0, self.plan.warm_start_steps, self.plan.max_steps)
-        return step in ends or step % self.plan.config.training.eval_steps == 0
+        ends = (0, self.schedule.warm_start_steps, self.schedule.max_steps)
+        return step in ends or step % self.config.training.eval_steps == 0
 
     def _save_due(self, step: int) -> bool:
-        return step > 0 and (step % self.plan.config.training.save_steps == 0 or step == self.plan.max_steps)
+        return step > 0 and (step % self.config.training.save_steps == 0 or step == self.schedule.max_steps)
 
     def _restart_or_probe(self, step: int) -> None:
         if self._restart_due(step):
@@ -111,12 +113,12 @@ class Callbacks:
             self.tracker.line({"step": step, "probe_loss": self._probe_loss()})
 
     def _restart(self, step: int) -> None:
-        relora, index = self.plan.config.relora, self.plan.restarts_done(step)
+        relora, index = self.config.relora, self.schedule.restarts_done(step)
         before, start_s = self._probe_loss(), time.perf_counter()
         with Traffic(self.engine.world.num_processes) as traffic:
             report = self.engine.restart(
                 self.live,
-                seed=self.plan.config.seed,
+                seed=self.config.seed,
                 index=index,
                 reinit=relora.reinit,
                 optimizer_reset=relora.optimizer_reset,
@@ -127,7 +129,7 @@ class Callbacks:
         if not self.engine.world.all_equal(checksum(self.live.model, self.engine)):
             raise RuntimeError(f"after the restart at step {step} the processes hold different weights")
         probes = {"probe_loss_before": before, "probe_loss_after": self._probe_loss()}
-        if self.plan.config.lora.base_dtype != "float32":
+        if self.config.lora.base_dtype != "float32":
             with exact_weights(self.live.model, self.engine):
                 probes["probe_loss_master"] = self._probe_loss()
         costs = {"restart_seconds": seconds, "bytes_sent": traffic.bytes_sent}
@@ -135,7 +137,7 @@ class Callbacks:
         self.tracker.spectra(self._spectra(), step)
 
     def _evaluate(self, step: int) -> None:
-        config = self.plan.config
+        config = self.config
         batches = eval_batches(
             self.data,
             config.data,
@@ -147,12 +149,12 @@ class Callbacks:
         self.tracker.line({"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
         self.tracker.say(f"step {step}: held-out loss {loss:.4f} nats, perplexity {perplexity(loss):.2f}")
         self._sample(step)
-        if self.stage.is_low_rank and step == self.plan.max_steps:
+        if self.stage.is_low_rank and step == self.schedule.max_steps:
             self.tracker.spectra(self._spectra(), step)
 
     def _sample(self, step: int) -> None:
         tokenizer = self.data.tokenizer()
-        ids = probe_batch(self.data, self.plan.config.data, batch_size=NUM_PROMPTS)["input_ids"][:, :PROMPT_TOKENS]
+        ids = probe_batch(self.data, self.config.data, batch_size=NUM_PROMPTS)["input_ids"][:, :PROMPT_TOKENS]
         for number, prompt in enumerate(tokenizer.batch_decode(ids, skip_special_tokens=True)):
             with self.engine.inference(self.live):
                 text = sample_text(
@@ -167,13 +169,13 @@ class Callbacks:
             self.engine,
             clock,
             stage=self.stage.name,
-            cycle=self.plan.restarts_done(clock.step),
+            cycle=self.schedule.restarts_done(clock.step),
             about={**self.about, "evaluated": evaluated},
         )
 
     def _probe_loss(self) -> float:
         """Loss on the first held-out rows, one by one: the same whatever the number of processes and the batch size."""
-        rows = eval_batches(self.data, self.plan.config.data, batch_size=1)
+        rows = eval_batches(self.data, self.config.data, batch_size=1)
         return held_out_loss(self.live, self.engine, islice(rows, NUM_PROBE_ROWS))
 
     @torch.no_grad()

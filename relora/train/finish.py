@@ -23,7 +23,9 @@ def is_finished(job: Run) -> bool:
     checkpoints = complete_checkpoints(job.folder.checkpoints)
     try:
         written = json.loads((job.folder.final / RESULTS).read_text(encoding="utf-8"))
-        return bool(written["step"] == job.plan.max_steps and written["checkpoint_sha256"] == _hash_of(checkpoints[-1]))
+        return bool(
+            written["step"] == job.schedule.max_steps and written["checkpoint_sha256"] == _hash_of(checkpoints[-1])
+        )
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return False  # not there, damaged, or of another run: it is written again
 
@@ -41,7 +43,7 @@ def finish(job: Run) -> str:
             RESULTS: json.dumps(results | {"checkpoint_sha256": _hash_of(checkpoint)}, indent=1),
         }
         export_model(model, job.data.tokenizer(), job.folder.final, files=files)
-    job.folder.write_status("finished", step=job.plan.max_steps)
+    job.folder.write_status("finished", step=job.schedule.max_steps)
     return summary(job, results)
 
 
@@ -51,7 +53,7 @@ def measured(job: Run) -> dict[str, Any]:
     evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     restarts = [line for line in lines if "restart" in line]
     updates = [line for line in lines if "loss" in line]
-    if not updates or job.plan.max_steps not in evaluations:
+    if not updates or job.schedule.max_steps not in evaluations:
         raise UserError([f"{job.folder.metrics}: the lines of the last step are missing; the run has lost its metrics"])
     last = max(updates, key=lambda line: int(line["step"]))
     results: dict[str, Any] = {
@@ -61,8 +63,8 @@ def measured(job: Run) -> dict[str, Any]:
         "eval_loss": evaluations[last["step"]],
         "unigram_entropy": unigram_entropy(job.data, job.config.data),
     }
-    if job.plan.has_low_rank_stage and job.plan.warm_start_steps:
-        results["eval_loss_at_switch"] = evaluations[job.plan.warm_start_steps]
+    if job.schedule.has_low_rank_stage and job.schedule.warm_start_steps:
+        results["eval_loss_at_switch"] = evaluations[job.schedule.warm_start_steps]
     if restarts:
         results["restarts"] = len(restarts)
         results["merge_error"] = max(line["merge_error"] for line in restarts)

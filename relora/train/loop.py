@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from relora.checkpoint.state import Clock
-from relora.config.derived import Plan
+from relora.config import Config
 from relora.engines import Batch, Engine, Queued, TrainState, Update, read
 from relora.method.optimizer import set_learning_rate
+from relora.method.schedule import Schedule
 from relora.tracking.throughput import Meter, peak_memory_bytes
 from relora.tracking.tracker import Tracker
 from relora.train.signals import StopRequest
@@ -38,7 +39,8 @@ class Loop:
         asked: whether this process has been asked to stop.
     """
 
-    plan: Plan
+    config: Config
+    schedule: Schedule
     engine: Engine
     live: TrainState
     tracker: Tracker
@@ -59,7 +61,7 @@ class Loop:
         Raises:
             NotFiniteError: 10 updates in a row had to be skipped.
         """
-        meter, skipped = Meter(self.engine, self.live, self.plan.config), 0
+        meter, skipped = Meter(self.engine, self.live, self.config), 0
         unused = deque[Sequence[Batch]]()
         while clock.step < until:
             # What is queued behind an update that is not made is not made either: after one, each is looked at.
@@ -84,7 +86,7 @@ class Loop:
         """The step up to which updates can be made without a look at what they measured."""
         if not self.engine.queues(self.live):
             return step + 1
-        logging_steps, until = self.plan.config.training.logging_steps, min(until, step + MOST_QUEUED)
+        logging_steps, until = self.config.training.logging_steps, min(until, step + MOST_QUEUED)
         looks = (later for later in range(step + 1, until) if later % logging_steps == 0 or self.due(later))
         return next(looks, until)
 
@@ -101,8 +103,8 @@ class Loop:
         return taken, queued
 
     def _update(self, clock: Clock, batches: Sequence[Batch], *, after: Queued | None) -> Queued:
-        set_learning_rate(self.live.optimizer, self.plan.learning_rate(clock.step))
-        seed = self.plan.config.seed
+        set_learning_rate(self.live.optimizer, self.schedule.rate(clock.step))
+        seed = self.config.seed
         seeds = [
             micro_batch_seed(seed, clock.samples_seen, self.engine.world.process_index, i) for i in range(len(batches))
         ]
@@ -118,11 +120,11 @@ class Loop:
 
     @property
     def _num_samples(self) -> int:
-        return self.plan.config.training.global_batch_size
+        return self.config.training.global_batch_size
 
     def _log(self, clock: Clock, update: Update, meter: Meter) -> None:
-        config = self.plan.config
-        due = clock.step % config.training.logging_steps == 0 or clock.step == self.plan.max_steps
+        config = self.config
+        due = clock.step % config.training.logging_steps == 0 or clock.step == self.schedule.max_steps
         if not due:
             return
         line = {
@@ -130,7 +132,7 @@ class Loop:
             "samples_seen": clock.samples_seen,
             "tokens": clock.samples_seen * config.data.sequence_length,
             "loss": update.loss,
-            "learning_rate": self.plan.learning_rate(clock.step - 1),
+            "learning_rate": self.schedule.rate(clock.step - 1),
             "grad_norm": update.grad_norm,
             **meter.speed(),
             "peak_memory_bytes": peak_memory_bytes(self.engine.world.device),
@@ -142,7 +144,7 @@ class Loop:
             loss=f"{update.loss:.3f}",
             lr=f"{line['learning_rate']:.2e}",
             tok_s=f"{line['tokens_per_second']:,.0f}",
-            restarts=str(self.plan.restarts_done(clock.step)),
+            restarts=str(self.schedule.restarts_done(clock.step)),
         )
 
     def _tell_skipped(self, clock: Clock, update: Update, skipped: int) -> None:

@@ -15,7 +15,7 @@ from relora.checkpoint.load import Manifest, complete_checkpoints, open_checkpoi
 from relora.checkpoint.run_folder import RunFolder, same_run_problems
 from relora.checkpoint.state import State
 from relora.config import Config, ModelSection, UserError, raise_if_any
-from relora.config.derived import Plan, accumulation_steps, fingerprint, identity, lora_config
+from relora.config.derived import accumulation_steps, fingerprint, identity, lora_config, schedule_of
 from relora.config.load import shown
 from relora.data import PreparedData, check_amount, check_files, prepare
 from relora.engines import (
@@ -29,6 +29,7 @@ from relora.errors import folder_problems
 from relora.method.base_weights import quantization_problem
 from relora.method.inject import find_modules, find_targets, inject_lora
 from relora.method.parameter_report import parameter_report
+from relora.method.schedule import Schedule
 from relora.model.liger import liger_problems
 from relora.model.model import load_hf_config, model_problems, refusal, said_of, skeleton
 from relora.train.stages import freeze_untrained
@@ -49,8 +50,8 @@ class Run:
         return int(self.hf_config.get_text_config().vocab_size)
 
     @property
-    def plan(self) -> Plan:
-        return Plan(self.config)
+    def schedule(self) -> Schedule:
+        return schedule_of(self.config)
 
     @property
     def resolved_model(self) -> ModelSection:
@@ -191,14 +192,14 @@ def newest_state(job: Run) -> State:
                 "the sources have changed"
             ]
         )
-    return _share_of_this_rank(folders[-1], manifest, job.plan)
+    return _share_of_this_rank(folders[-1], manifest, job)
 
 
-def _share_of_this_rank(folder: Path, manifest: Manifest, plan: Plan) -> State:
+def _share_of_this_rank(folder: Path, manifest: Manifest, job: Run) -> State:
     """What this rank goes on from. Between two restarts ranks that train apart must be as many as they were."""
     num_processes, saved = launched_num_processes(), manifest.num_shares
-    apart = plan.config.relora.sync == "restart" and manifest.stage == "relora"
-    between = manifest.step != plan.warm_start_steps and not plan.restart_due(manifest.step)
+    apart = job.config.relora.sync == "restart" and manifest.stage == "low_rank"
+    between = manifest.step != job.schedule.warm_start_steps and not job.schedule.restart_due(manifest.step)
     if apart and between and saved != num_processes:
         raise UserError(
             [

@@ -14,8 +14,9 @@ from relora.checkpoint.master_weights import place_masters
 from relora.checkpoint.state import Clock, State
 from relora.checkpoint.weights import Handover, first_weights, load_weights
 from relora.config import Config
-from relora.config.derived import Plan, lora_config
+from relora.config.derived import lora_config
 from relora.engines import Engine, TrainState
+from relora.method.choices import StageName
 from relora.method.inject import inject_lora
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
@@ -23,7 +24,7 @@ from relora.method.optimizer import build_optimizer
 from relora.method.optimizer_state import Slot
 from relora.method.reinit import draw_lora_A
 from relora.method.restart import begin_carried
-from relora.method.schedule import StageName
+from relora.method.schedule import Schedule
 from relora.method.store import Store
 from relora.model.liger import use_liger_kernels
 from relora.model.model import empty_model, recompute_activations
@@ -38,13 +39,13 @@ class Stage:
 
     @property
     def is_low_rank(self) -> bool:
-        return self.name == "relora"
+        return self.name == "low_rank"
 
 
-def stages(plan: Plan) -> list[Stage]:
+def stages(schedule: Schedule) -> list[Stage]:
     """The stages of a run in order; a full-rank one comes first if the run has one."""
-    full = [Stage("warm_start", plan.warm_start_steps)] if plan.warm_start_steps else []
-    return full + ([Stage("relora", plan.max_steps)] if plan.has_low_rank_stage else [])
+    full = [Stage("full_rank", schedule.warm_start_steps)] if schedule.warm_start_steps else []
+    return full + ([Stage("low_rank", schedule.max_steps)] if schedule.has_low_rank_stage else [])
 
 
 def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedConfig, engine: Engine) -> TrainState:
@@ -89,7 +90,7 @@ def make_trainable(model: PreTrainedModel, stage: Stage, config: Config, *, draw
 def switch(live: TrainState, engine: Engine, clock: Clock) -> State:
     """What a stage hands to the next: its weights. The optimizer, the gradients and the hooks stay behind."""
     engine.release(live)
-    return State(clock=clock, stage="warm_start", weights=Handover(live.model, engine.store))
+    return State(clock=clock, stage="full_rank", weights=Handover(live.model, engine.store))
 
 
 def freeze_untrained(model: nn.Module, trainable: str | None) -> None:

@@ -82,11 +82,11 @@ def run(job: Run, engine: Engine, state: State) -> None:
         checkpoints.remove_leftovers()
         _open_folder(job, engine, state)
     tracker: Tracker = (
-        RunTracker(job.folder, state, total=job.plan.max_steps, hparams=job.identity) if writes else SilentTracker()
+        RunTracker(job.folder, state, total=job.schedule.max_steps, hparams=job.identity) if writes else SilentTracker()
     )
     with closing(tracker), stop_signals() as asked:
         kept = Kept(engine, tracker, checkpoints, asked)
-        for stage in stages(job.plan):
+        for stage in stages(job.schedule):
             if state.clock.step < stage.end:
                 state = _run_stage(stage, state, job=job, kept=kept)
     if writes:
@@ -124,10 +124,11 @@ def _run_stage(stage: Stage, state: State, *, job: Run, kept: Kept) -> State:
         arrival(clock)
     else:
         arrival.catch_up(state)
-    is_last = stage.end == job.plan.max_steps
+    is_last = stage.end == job.schedule.max_steps
     batches = _batches(job, clock, engine.world)
     loop = Loop(
-        plan=job.plan,
+        config=job.config,
+        schedule=job.schedule,
         engine=engine,
         live=live,
         tracker=kept.tracker,
@@ -175,11 +176,12 @@ def _begin(stage: Stage, live: TrainState, *, is_new: bool, job: Run, kept: Kept
     is_first_rank = engine.world.process_index == 0
     kept.tracker.say(f"{_title(stage)}\n{counted.table()}{_routes(live, job.config) if stage.is_low_rank else ''}")
     if is_first_rank:
-        write_json(folder.path / f"census_{stage.name}.json", counted.as_dict())
+        write_json(folder.path / f"parameters_{stage.name}.json", counted.as_dict())
     if stage.is_low_rank and is_new:
         write_stage_start(folder.stage_start, live, engine, writes=is_first_rank)
     return Callbacks(
-        plan=job.plan,
+        config=job.config,
+        schedule=job.schedule,
         stage=stage,
         engine=engine,
         live=live,
@@ -193,7 +195,7 @@ def _begin(stage: Stage, live: TrainState, *, is_new: bool, job: Run, kept: Kept
 
 def _rehearse(job: Run, engine: Engine, state: State) -> None:
     """Build the stage that comes next and run one forward pass."""
-    stage = next((s for s in stages(job.plan) if state.clock.step < s.end), stages(job.plan)[-1])
+    stage = next((s for s in stages(job.schedule) if state.clock.step < s.end), stages(job.schedule)[-1])
     live = build(stage, state, config=job.config, hf_config=job.hf_config, engine=engine)
     samples = job.data.samples(job.config.data, job.config.seed)
     batch = samples.__getitems__(range(job.config.training.per_device_batch_size))

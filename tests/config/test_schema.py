@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from relora.config import Config, LoraSection, UserError, check, load_config
-from relora.config.derived import Plan, accumulation_steps, derived_numbers, fingerprint, identity, lora_config
+from relora.config.derived import accumulation_steps, derived_numbers, fingerprint, identity, lora_config, schedule_of
 from relora.config.load import shown
 from relora.config.reference import fields, markdown, rule
 from relora.config.rules import RULES
@@ -735,10 +735,10 @@ def test_derived_numbers() -> None:
 def test_the_plan_of_each_method() -> None:
     steps = {"relora": {"restart_every": 100, "warm_start_steps": 50}, "training": {"max_steps": 350}}
     config = merged(merged(BASE, steps), {"schedule": {"warmup_steps": 10}, "optim": {"warm_start_learning_rate": 0.5}})
-    plans = {m: Plan(check(merged(config, {"training": {"method": m}}))) for m in ("relora", "lora", "full")}
+    plans = {m: schedule_of(check(merged(config, {"training": {"method": m}}))) for m in ("relora", "lora", "full")}
     restarts = {method: [s for s in range(351) if plan.restart_due(s)] for method, plan in plans.items()}
     assert restarts == {"relora": [150, 250], "lora": [], "full": []}
     assert {method: plan.warm_start_steps for method, plan in plans.items()} == {"relora": 50, "lora": 50, "full": 350}
-    assert plans["relora"].learning_rate(9) == plans["lora"].learning_rate(9) == 0.5
-    assert plans["full"].learning_rate(9) == 1e-3
-    assert plans["relora"].learning_rate(50) < 1e-3 / 50  # the first of 100 updates of re-warm-up
+    assert plans["relora"].rate(9) == plans["lora"].rate(9) == 0.5
+    assert plans["full"].rate(9) == 1e-3
+    assert plans["relora"].rate(50) < 1e-3 / 50  # the first of 100 updates of re-warm-up

@@ -137,9 +137,9 @@ def test_the_first_line_says_what_runs(engine: str, pair: Run) -> None:
     assert pair.launch.stdout.count("engine ") == 1, "only rank 0 talks"
 
 
-@pytest.mark.parametrize("stage", ["warm_start", "relora"])
+@pytest.mark.parametrize("stage", ["full_rank", "low_rank"])
 def test_the_census_counts_whole_parameters(pair: Run, single: Run, stage: str) -> None:
-    ours, theirs = (json.loads((run.folder / f"census_{stage}.json").read_text()) for run in (single, pair))
+    ours, theirs = (json.loads((run.folder / f"parameters_{stage}.json").read_text()) for run in (single, pair))
     assert ours["full"]["num_parameters"] > 0
     assert theirs == ours
 
@@ -159,20 +159,20 @@ def test_the_gradients_that_travel_are_those_of_trained_parameters(engine: str, 
         next(line for line in lines if "bytes_sent_full_rank" in line and (line["step"] <= SWITCH) == is_full)
         for is_full in (True, False)
     )
-    trained = {stage: num_trained(pair, stage) for stage in ("warm_start", "relora")}
-    assert trained["relora"] < 0.7 * trained["warm_start"]
+    trained = {stage: num_trained(pair, stage) for stage in ("full_rank", "low_rank")}
+    assert trained["low_rank"] < 0.7 * trained["full_rank"]
     # A ring of two sends a byte for each of an all-reduce, half of one for each of a reduction to parts or a gathering.
     # DDP and ZeRO-1 reduce once an update, ZeRO-2 in each of two micro-batches; ZeRO then gathers what was updated.
     per_byte = {"ddp": 1.0, "zero1": 1.5, "zero2": 2.5}
     if engine in per_byte:
-        for line, stage in ((of_full, "warm_start"), (of_low, "relora")):
+        for line, stage in ((of_full, "full_rank"), (of_low, "low_rank")):
             assert 0 <= line["bytes_sent"] - 4 * per_byte[engine] * trained[stage] <= 64, "some numbers beside them"
         assert of_low["bytes_sent_full_rank"] == pytest.approx(of_full["bytes_sent"], abs=64)
     assert of_full["bytes_sent_full_rank"] == of_full["bytes_sent"] > of_low["bytes_sent"]
 
 
 def num_trained(run: Run, stage: str) -> int:
-    counted = json.loads((run.folder / f"census_{stage}.json").read_text())
+    counted = json.loads((run.folder / f"parameters_{stage}.json").read_text())
     return int(counted["factors"]["num_parameters"] + counted["full"]["num_parameters"])
 
 

@@ -33,7 +33,7 @@ from relora.train.stages import Stage, make_trainable
 from tests.helpers.programs import ROOT, run
 from tests.helpers.tiny import MODEL as MODEL_OF_TESTS
 
-FULL, LOW = Stage("warm_start", 4), Stage("relora", 12)
+FULL, LOW = Stage("full_rank", 4), Stage("low_rank", 12)
 ALONE = Launch("one", 1, on_gpu=False)
 
 
@@ -167,7 +167,7 @@ def test_gradients_travel_as_the_engines_say(engine: Any, config: Config) -> Non
 
 
 def test_processes_that_meet_at_restarts_send_nothing_between(config: Config) -> None:
-    apart = config.model_copy(update={"relora": config.relora.model_copy(update={"sync": "restart"})})
+    apart = config.model_copy(update={"low_rank": config.relora.model_copy(update={"sync": "restart"})})
     sent = traffic(Launch("ddp", 2, on_gpu=False), apart, MODEL)
     assert (sent.update, sent.restart) == (0, 600 + 200)
 
@@ -212,11 +212,11 @@ def test_peaks_grow_on_a_line(config: Config) -> None:
 
 
 def test_what_fits() -> None:
-    lines = {"relora": Line(floor=GIB, base=2 * GIB, slope=GIB), "warm_start": Line(0, 4 * GIB, GIB)}
+    lines = {"low_rank": Line(floor=GIB, base=2 * GIB, slope=GIB), "full_rank": Line(0, 4 * GIB, GIB)}
     found = fit(24, lines, divisors_of(96, 2))
-    assert found.largest == {"relora": 20, "warm_start": 18}  # of 24 GiB 22.08 are ours
+    assert found.largest == {"low_rank": 20, "full_rank": 18}  # of 24 GiB 22.08 are ours
     assert found.usable == 16
-    assert fit(2, lines, [1, 2]).largest == {"relora": None, "warm_start": None}
+    assert fit(2, lines, [1, 2]).largest == {"low_rank": None, "full_rank": None}
     assert divisors_of(12, 2) == [1, 2, 3, 6]
 
 
@@ -237,8 +237,8 @@ def test_what_costs_more_than_full_rank_is_told(tiny_run: Callable[..., dict[str
     [slow, _] = route_advice(config, break_even=3, ratio=1.25)
     assert slow.startswith("lora.r = 4: above 3") and "1.25 times" in slow
     assert list(saving_advice(100, 90)) == [] and len(list(saving_advice(90, 90))) == 1
-    assert list(room_advice("relora", 5, room=None)) == list(room_advice("relora", 5, room=6)) == []
-    assert "stage relora needs" in next(room_advice("relora", 7, room=6))
+    assert list(room_advice("low_rank", 5, room=None)) == list(room_advice("low_rank", 5, room=6)) == []
+    assert "stage relora needs" in next(room_advice("low_rank", 7, room=6))
 
 
 def test_a_model_of_7b_takes_no_memory() -> None:
@@ -274,15 +274,15 @@ def test_the_command(
     assert "the device leaves" in printed
     found = json.loads(numbers.read_text())
     assert found["numbers"]["reachable_rank"] == 24
-    assert found["peaks"]["relora"]["peak"] == max(
-        found["peaks"]["relora"]["update"], found["memory"]["relora"]["restart"]
+    assert found["peaks"]["low_rank"]["peak"] == max(
+        found["peaks"]["low_rank"]["update"], found["memory"]["low_rank"]["restart"]
     )
     assert not (tmp_path / "run").exists()
 
 
 def test_nothing_but_the_plan_is_said(tiny_run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     # In a process of its own: torch warns once.
-    told = run([sys.executable, "-m", "relora", "plan", written(tiny_run(), tmp_path)])
+    told = run([sys.executable, "-m", "low_rank", "plan", written(tiny_run(), tmp_path)])
     assert (told.returncode, told.stderr) == (0, "")
 
 

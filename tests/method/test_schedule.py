@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from relora import lr_multiplier
-from relora.method.schedule import last_restart, restart_due, restarts_done, stage
+from relora.method.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -105,33 +105,43 @@ def test_the_climb_joins_the_base_without_a_step(shape: Shape) -> None:
 
 @every_shape
 def test_restarts_counted_step_by_step(shape: Shape) -> None:
-    where: dict[str, Any] = {
-        "max_steps": shape.max_steps,
-        "restart_every": shape.restart_every,
-        "warm_start_steps": shape.warm_start_steps,
-    }
+    schedule = Schedule(**asdict(shape))
     ws = shape.warm_start_steps
     expected = [s for s in starts(shape) if s != ws]
     steps = range(shape.max_steps + 20)
-    assert [t for t in steps if restart_due(t, **where)] == expected
+    assert [t for t in steps if schedule.restart_due(t)] == expected
     for t in steps:
-        assert restarts_done(t, **where) == sum(s <= t for s in expected)
-        assert last_restart(t, **where) == max((s for s in starts(shape) if s <= t), default=None)
+        assert schedule.restarts_done(t) == sum(s <= t for s in expected)
+        assert schedule.last_restart(t) == max((s for s in starts(shape) if s <= t), default=None)
 
 
 @every_shape
 def test_stages_and_restarts_agree(shape: Shape) -> None:
-    ws = shape.warm_start_steps
-    names = [stage(t, warm_start_steps=ws) for t in range(shape.max_steps)]
-    assert names == ["warm_start"] * ws + ["relora"] * (shape.max_steps - ws)
+    schedule, ws = Schedule(**asdict(shape)), shape.warm_start_steps
+    names = [schedule.stage(t) for t in range(shape.max_steps)]
+    assert names == ["full_rank"] * ws + ["low_rank"] * (shape.max_steps - ws)
     for t, name in enumerate(names):
-        due = restart_due(t, max_steps=shape.max_steps, restart_every=shape.restart_every, warm_start_steps=ws)
-        assert not (due and name == "warm_start")
+        assert not (schedule.restart_due(t) and name == "full_rank")
 
 
 def test_a_run_without_restarts_never_restarts() -> None:
-    assert not any(restart_due(t, max_steps=50, restart_every=None) for t in range(60))
-    assert restarts_done(49, max_steps=50, restart_every=None) == 0
+    schedule = Schedule(max_steps=50)
+    assert not any(schedule.restart_due(t) for t in range(60))
+    assert schedule.restarts_done(49) == 0
+
+
+def test_a_restart_at_the_end_takes_place_where_asked_for_and_re_warms_nothing() -> None:
+    schedule = Schedule(max_steps=40, restart_every=10, restart_warmup_steps=5, restart_at_end=True)
+    assert [t for t in range(60) if schedule.restart_due(t)] == [10, 20, 30, 40]
+    assert schedule.multiplier(41) == schedule.min_lr_ratio
+
+
+def test_the_warm_start_has_a_peak_rate_of_its_own() -> None:
+    schedule = Schedule(max_steps=40, warm_start_steps=10, learning_rate=2.0, warm_start_learning_rate=1.0)
+    assert schedule.rate(9) == schedule.multiplier(9)
+    assert schedule.rate(10) == 2 * schedule.multiplier(10)
+    full = Schedule(max_steps=40, warm_start_steps=40, learning_rate=2.0, warm_start_learning_rate=1.0)
+    assert full.rate(9) == 2 * full.multiplier(9), "a run of full rank alone has no warm start"
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ def test_tensorboard_shows_the_same(run: Path) -> None:
 
 def test_the_folder_tells_how_it_stands(run: Path) -> None:
     assert json.loads((run / "status.json").read_text()) == {"status": "finished", "step": 12, "reason": None}
-    assert json.loads((run / "census_relora.json").read_text())["factors"]["num_tensors"] == 28
+    assert json.loads((run / "parameters_low_rank.json").read_text())["factors"]["num_tensors"] == 28
     assert (run / "stage_start" / "MANIFEST.json").is_file()
 
 

@@ -1,0 +1,12 @@
+"""Names that settings may take, without torch: the configuration and the method share them."""
+
+from typing import Literal
+
+BaseDtype = Literal["float32", "bfloat16", "int8", "nf4"]
+Bias = Literal["none", "all", "lora_only"]
+Forward = Literal["auto", "merged", "factored"]
+OptimizerName = Literal["adamw", "adamw_fused", "adamw_8bit"]
+ReinitName = Literal["kaiming", "orthogonal"]
+ResetName = Literal["zero", "magnitude", "random", "keep"]
+Route = Literal["merged", "factored"]
+StageName = Literal["full_rank", "low_rank"]

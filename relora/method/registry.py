@@ -1,0 +1,36 @@
+"""Names in a configuration -> objects: those that come with the package, or a user's own by `module:attribute`."""
+
+import difflib
+import importlib
+import re
+from collections.abc import Mapping
+from typing import TypeVar
+
+# As in an entry point of a package: a module that can be imported, and a name in it.
+CUSTOM = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*"
+
+T = TypeVar("T")
+
+
+def resolve(setting: str, name: str, known: Mapping[str, T]) -> T:
+    """The object that `setting = name` stands for.
+
+    Args:
+        setting: the key of the configuration, or the argument, for the error message.
+        name: a key of `known`, or `module:attribute`.
+
+    Raises:
+        ValueError: the name is unknown, or the module or the attribute cannot be imported.
+    """
+    if name in known:
+        return known[name]
+    if re.fullmatch(CUSTOM, name) is None:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; the nearest is {close[0]}" if close else ""
+        raise ValueError(f"{setting} = {name}: must be {', '.join(known)}, or module:attribute{hint}")
+    module, _, attribute = name.partition(":")
+    try:
+        found: T = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{setting} = {name}: cannot be imported ({error})") from error
+    return found
