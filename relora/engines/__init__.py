@@ -1,61 +1,63 @@
-"""The only files that know accelerate, DeepSpeed or FSDP."""
+"""Engines: ways to spread training over processes. The only files that know accelerate, DeepSpeed or FSDP."""
+
+from collections.abc import Callable
 
 from relora.config import Config
-from relora.engines.base import Batch, Engine, Queued, TrainState, Update, read
-from relora.engines.ddp import DDPEngine
+from relora.engines.base import Engine, TrainState, Update
+from relora.engines.ddp import DDPEngine, OneProcessEngine
 from relora.engines.deepspeed import DeepSpeedEngine
-from relora.engines.deepspeed_config import deepspeed_settings, launched_zero_stage, wants_own_optimizer
-from relora.engines.fsdp2 import FSDP2Engine, fsdp_options
-from relora.engines.launch_checks import launch_refusals
-from relora.engines.local_sgd import LocalSGDEngine
-from relora.engines.outer import OuterOptimizer
+from relora.engines.fsdp2 import FSDP2Engine
+from relora.engines.launch_checks import problems
+from relora.engines.local_sgd import LocalSGDEngine, resume_problems
 from relora.engines.world import (
     World,
-    check_world,
     is_first,
     is_first_on_node,
     launched_engine,
     launched_num_processes,
     launched_process_index,
 )
+from relora.method.registry import resolve
+from relora.model.tasks import Task, task_of
 
 __all__ = [
-    "Batch",
+    "ENGINES",
     "Engine",
     "TrainState",
-    "World",
-    "Queued",
     "Update",
-    "check_world",
+    "World",
     "connect",
     "is_first",
     "is_first_on_node",
-    "launch_refusals",
     "launched_engine",
-    "launched_process_index",
     "launched_num_processes",
-    "launched_zero_stage",
-    "read",
+    "launched_process_index",
+    "problems",
+    "resume_problems",
 ]
+
+ENGINES: dict[str, Callable[[Config, World, Task], Engine]] = {
+    "one process": OneProcessEngine.from_config,
+    "ddp": DDPEngine.from_config,
+    "local sgd": LocalSGDEngine.from_config,
+    "fsdp2": FSDP2Engine.from_config,
+    "deepspeed": DeepSpeedEngine.from_config,
+}
 
 
 def connect(config: Config) -> Engine:
-    """Join the processes of this launch. Raises UserError when they are not what the launch promises."""
-    training, kind = config.training, launched_engine()
-    world = World(wanted=training.num_processes, alone_too=kind != "local")
-    precision, max_grad_norm = training.mixed_precision, config.optim.max_grad_norm
-    if kind == "fsdp2":
-        return FSDP2Engine(
-            world,
-            fsdp_options(),
-            mixed_precision=precision,
-            max_grad_norm=max_grad_norm,
-            sync_each_batch=training.sync_each_batch,
-        )
-    if kind == "deepspeed":
-        settings = deepspeed_settings(config, world.num_processes)
-        return DeepSpeedEngine(world, settings, mixed_precision=precision, own_optimizer=wants_own_optimizer())
-    if config.relora.sync == "restart":
-        outer = OuterOptimizer(config.relora.outer_learning_rate, config.relora.outer_momentum)
-        return LocalSGDEngine(world, mixed_precision=precision, max_grad_norm=max_grad_norm, outer=outer)
-    return DDPEngine(world, mixed_precision=precision, max_grad_norm=max_grad_norm)
+    """Join the processes of this launch, by the engine that the launcher asks for or `training.engine` names.
+
+    Raises:
+        UserError: the processes are not what the launch promises.
+    """
+    launched = launched_engine()
+    world = World(wanted=config.training.num_processes, alone_too=launched != "ddp")
+    name: str = launched
+    if config.training.engine != "auto":
+        name = config.training.engine
+    elif launched == "ddp" and config.relora.sync == "restart":
+        name = "local sgd"
+    elif launched == "ddp" and world.num_processes == 1:
+        name = "one process"
+    return resolve("training.engine", name, ENGINES)(config, world, task_of(config))

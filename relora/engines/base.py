@@ -1,272 +1,270 @@
-"""What the rest of the program may ask of an engine."""
+"""The contract of an engine, and an update by torch's own autograd and optimizer."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora.engines.outer import OuterOptimizer
+from relora.data import Batch
 from relora.engines.world import World
+from relora.method.lora import lora_layers
+from relora.method.names import named_parameters
 from relora.method.restart import RestartReport, restart
 from relora.method.store import Store
-from relora.model.model import compile_in_place, num_label_tokens, token_losses
-
-Batch = Mapping[str, Tensor]
+from relora.model.model import compile_in_place
+from relora.model.tasks import Task
 
 
 @dataclass(frozen=True)
 class Update:
-    """What one update measured.
+    """The results of one update. The tensors are scalars on the device, which may not have computed them yet.
 
     Attributes:
-        loss: sum of the token losses over the global batch / its label tokens, in nats.
+        loss: sum of the losses over the global batch / its number of labels, in nats.
         grad_norm: norm of the whole gradient before clipping.
-        applied: False when loss or gradient was not finite somewhere and no optimizer saw it.
+        skipped: bool; whether loss or gradient was not finite on some process, so that no process wrote anything.
+        stop: whether some process has been asked to stop.
     """
 
-    loss: float
-    grad_norm: float
-    applied: bool
-
-
-@dataclass(frozen=True)
-class Queued:
-    """An update that the device has been told to make.
-
-    Attributes:
-        measured: loss and gradient norm as in `Update`, float64, (2,); it may not have been computed yet.
-        failed: whether the update is not made, since these, or those of an update it came after, are not finite.
-        stop: whether some rank has been asked to stop.
-    """
-
-    measured: Tensor
-    failed: Tensor
+    loss: Tensor
+    grad_norm: Tensor
+    skipped: Tensor
     stop: bool
-
-
-def read(queued: Sequence[Queued]) -> list[Update]:
-    """What updates queued one after the other measured, up to the first that was not made: the others were not either.
-
-    The one time that the host waits for the device.
-    """
-    updates = []
-    for loss, grad_norm in torch.stack([update.measured for update in queued]).tolist():
-        applied = math.isfinite(loss) and math.isfinite(grad_norm)
-        updates.append(Update(loss=loss, grad_norm=grad_norm, applied=applied))
-        if not applied:
-            break
-    return updates
 
 
 @dataclass
 class TrainState:
-    """A model in training. `model` is the plain module, `wrapped` what the engine made of it."""
+    """A model in training.
+
+    Attributes:
+        model: the plain module.
+        parallel_model: the module that an engine made of it for the forward passes of training.
+    """
 
     model: nn.Module
-    wrapped: nn.Module
+    parallel_model: nn.Module
     optimizer: Optimizer
 
+    @cached_property
+    def skips_on_device(self) -> bool:
+        """Whether a flag on the device, which the host never reads, can keep the optimizer from writing anything.
 
-class Engine(Protocol):
-    """One way to spread training over processes. All methods are collective: every rank calls them."""
-
-    name: str
-    world: World
-    is_apart: bool  # whether each rank now trains parameters of its own, that travel at restarts only
-    draw_index: int  # which of several independent draws of the factors is this rank's
-    outer: OuterOptimizer  # what becomes of the mean of the updates of ranks that train apart
-
-    @property
-    def store(self) -> Store:
-        """How its parameters and their optimizer state are reached."""
-
-    def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> TrainState:
-        """Move a model to its device, spread it over the ranks, and give it its optimizer.
-
-        The values of its parameters do not matter: they are written through `store` afterwards.
+        Torch's fused optimizers can, where all parameters are on one device.
         """
-
-    def begin(self, live: TrainState) -> None:
-        """The weights of a stage that now begins are in place."""
-
-    def restart(self, live: TrainState, **how: Any) -> RestartReport:
-        """`relora.restart` with the engine's way to reach parameters and state; `how` is passed on."""
-
-    def compile(self, live: TrainState) -> None:
-        """Compile the model with torch.compile."""
-
-    def queues(self, live: TrainState) -> bool:
-        """Whether an update may be asked for before it is known what became of the one before."""
-
-    def update(
-        self,
-        live: TrainState,
-        batches: Sequence[Batch],
-        *,
-        seeds: Sequence[int],
-        stop: bool,
-        after: Queued | None = None,
-    ) -> Queued:
-        """Forward and backward over this rank's micro-batches, clip, and one step of the optimizer.
-
-        Args:
-            seeds: of the random draws (dropout) of each micro-batch.
-            stop: whether this rank has been asked to stop; all hear of it by what is returned.
-            after: the update before, if it has not been read yet (`queues`). This one is not made if that one is not.
-        """
-
-    def sent_per_gradient_byte(self, num_micro_batches: int) -> float:
-        """Bytes that a rank sends in an update for each byte of a trained parameter's gradient, in rings."""
-
-    def inference(self, live: TrainState) -> AbstractContextManager[None]:
-        """Forward passes beside training: no gradients, no dropout, the precision of training.
-
-        Every rank makes the same number of them.
-        """
-
-    def token_losses(self, live: TrainState, batch: Batch) -> Tensor:
-        """Sum of the token losses of this rank's batch, within `inference`."""
-
-    def release(self, live: TrainState) -> None:
-        """Let go of all that training alone needs; the weights can still be read."""
+        devices = {parameter.device for group in self.optimizer.param_groups for parameter in group["params"]}
+        return len(devices) == 1 and bool(getattr(self.optimizer, "_step_supports_amp_scaling", False))
 
 
-def on_device(batch: Batch, device: torch.device) -> Batch:
-    return {key: values.to(device, non_blocking=True) for key, values in batch.items()}
+class Engine(ABC):
+    """One way to spread training over processes. All methods are collective: every process calls them.
 
+    A subclass sets `name` and `store` and prepares models; the rest has defaults for whole parameters whose gradients
+    are averaged in the backward pass.
 
-# Devices that have computed when they are asked for the next thing: there is nothing to wait for.
-IMMEDIATE = ("cpu",)
-
-
-class TorchEngine(ABC):
-    """An engine whose gradients are in `parameter.grad` after a backward pass, averaged over the ranks."""
+    Attributes:
+        store: access to the parameters and their optimizer state.
+        draw_index: which of several independent draws of the factors this process trains.
+        num_states: number of processes that train parameters of their own; 1 if all train the same.
+        splits_masters: whether each process holds a shard of the exact masters of quantized weights.
+        reduces_gradients: whether the gradients of an update travel.
+    """
 
     name: str
     store: Store
+    draw_index = 0
+    num_states = 1
+    splits_masters = True
+    reduces_gradients = True
 
-    def __init__(self, world: World, *, mixed_precision: str, max_grad_norm: float | None) -> None:
-        self.world = world
-        self.is_apart, self.draw_index, self.outer = False, 0, OuterOptimizer()
-        self._bf16 = mixed_precision == "bf16"
-        self._max_grad_norm = max_grad_norm
+    def __init__(self, world: World, task: Task, *, mixed_precision: str, max_grad_norm: float | None) -> None:
+        self.world, self.task = world, task
+        self._bf16, self._max_grad_norm = mixed_precision == "bf16", max_grad_norm
 
     @abstractmethod
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> TrainState:
-        """As in Engine."""
+        """Move a model to its device, distribute it over the processes, and give it its optimizer.
 
-    def begin(self, live: TrainState) -> None:  # noqa: B027 (an engine may leave it so)
-        """Nothing is due."""
+        Tells each wrapped layer whether it may cache W + delta and compute together with others (`restrict_layers`).
+        The values of the parameters do not matter: they are written through `store` afterwards.
+        """
 
-    def restart(self, live: TrainState, **how: Any) -> RestartReport:
-        return restart(live.model, live.optimizer, store=self.store, **how)
+    def begin(self, state: TrainState, extra: Mapping[str, Tensor], *, cycle: int, draw_index: int) -> None:
+        """Take over the rest of a saved state, once the weights are in place.
 
-    def compile(self, live: TrainState) -> None:
-        compile_in_place(live.model)
+        Args:
+            extra: what `extra_state` returned when the state was saved; empty for a stage that begins.
+            cycle: number of restarts that the weights have behind them.
+            draw_index: the draw that the loaded factors come from.
+        """
 
-    def queues(self, live: TrainState) -> bool:
-        """The fused AdamW alone can be told, on the device where its parameters are, to leave everything as it is."""
-        device = self.world.device.type
-        can_be_told = getattr(live.optimizer, "_step_supports_amp_scaling", False) and device not in IMMEDIATE
-        return can_be_told and all(p.device.type == device for p in live.model.parameters())
+    def extra_state(self) -> dict[str, Tensor]:
+        """Tensors beside weights and optimizer state that a checkpoint needs, by name."""
+        return {}
 
-    def update(
-        self,
-        live: TrainState,
-        batches: Sequence[Batch],
-        *,
-        seeds: Sequence[int],
-        stop: bool,
-        after: Queued | None = None,
-    ) -> Queued:
-        labels_here = sum(num_label_tokens(batch) for batch in batches)
-        [num_labels, num_stops] = self.world.sum([labels_here, stop])
+    def state_of(self, index: int, fetch: Callable[[], Tensor]) -> Tensor:
+        """What `fetch` returns on process `index`, one of `num_states`; called by all processes."""
+        assert index == 0, "all processes train the same parameters"
+        return fetch()
+
+    def update(self, state: TrainState, batches: Sequence[Batch], *, seeds: Sequence[int], stop: bool) -> Update:
+        """Forward and backward over this process's micro-batches, clip, and one step of the optimizer.
+
+        Args:
+            seeds: one for the random draws (dropout) of each micro-batch.
+            stop: whether this process has been asked to stop; all learn of it from the result.
+        """
+        # 1. The divisor of the loss: labels of all processes. Counted on the host, so nothing waits for the device.
+        num_labels, num_stops = self.world.sum([sum(map(self.task.num_labels, batches)), stop])
         num_labels = max(num_labels, 1)
-        live.optimizer.zero_grad(set_to_none=True)
-        loss = self._backward(live, batches, seeds, num_labels)
-        trained = [p for p in live.wrapped.parameters() if p.grad is not None]
-        norm = self._total_norm([p.grad for p in trained if p.grad is not None])
-        measured = self._measured(loss, norm, num_labels)
-        queues = self.queues(live)
-        if not queues:
-            measured = torch.tensor(measured.tolist(), dtype=torch.float64)
-        failed = ~measured.isfinite().all()
-        if after is not None:
-            failed |= after.failed
-        if queues or not failed:
-            self._step(live, trained, norm, unless=failed if queues else None)
-        live.optimizer.zero_grad(set_to_none=True)
-        return Queued(measured=measured, failed=failed, stop=num_stops > 0)
 
-    def sent_per_gradient_byte(self, num_micro_batches: int) -> float:  # noqa: ARG002
-        n = self.world.num_processes
-        return 2 * (n - 1) / n  # an all-reduce, once
-
-    @contextmanager
-    def inference(self, live: TrainState) -> Iterator[None]:
-        was_training = live.model.training
-        live.model.eval()
-        try:
-            with torch.no_grad(), self._autocast():
-                yield
-        finally:
-            live.model.train(was_training)
-
-    def token_losses(self, live: TrainState, batch: Batch) -> Tensor:
-        return token_losses(live.model, on_device(batch, self.world.device))
-
-    def release(self, live: TrainState) -> None:
-        live.optimizer.zero_grad(set_to_none=True)
-        live.optimizer.state.clear()
-
-    def _reduce_gradients(self, live: TrainState, *, last: bool) -> AbstractContextManager[None]:  # noqa: ARG002
-        """Whether the gradients of this micro-batch travel."""
-        return nullcontext()
-
-    def _total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        return torch.nn.utils.get_total_norm(gradients, foreach=True)
-
-    def _backward(self, live: TrainState, batches: Sequence[Batch], seeds: Sequence[int], num_labels: float) -> Tensor:
-        """Gradients of the mean loss over all ranks; returns the sum of this rank's token losses."""
+        # 2. Gradients. Processes average them, and the loss is a sum over processes: hence the factor.
         losses = []
         for batch, seed in zip(batches, seeds, strict=True):
             torch.manual_seed(seed)
-            with self._reduce_gradients(live, last=batch is batches[-1]):
-                loss = self._token_losses(live.wrapped, batch)
-                # The mean over ranks is taken of gradients; the loss is a sum over ranks and tokens.
+            with self.gradient_sync(state, is_last=batch is batches[-1]):
+                with self.autocast():
+                    loss = self.task.loss(state.parallel_model, self.to_device(batch))
                 torch.autograd.backward(loss * (self.world.num_processes / num_labels))
             losses.append(loss.detach())
-        return torch.stack(losses).sum()
+        trained = [p for p in state.parallel_model.parameters() if p.grad is not None]
+        norm = self.total_norm(trained)
 
-    def _measured(self, loss: Tensor, norm: Tensor, num_labels: float) -> Tensor:
-        """Mean loss and gradient norm of all ranks, on the device; not finite where they were not anywhere."""
-        sums = torch.stack([loss, norm]).double()
+        # 3. The same loss, norm and verdict on every process. No tensor made on the host: bringing one to the device
+        # would be a wait.
+        sums = torch.stack([torch.stack(losses).sum(), norm]).double()
         self.world.all_reduce(sums)
-        # The same norm on every rank, but where each trains parameters of its own. No tensor of divisors: to bring
-        # it to the device the host would wait.
-        return torch.stack([sums[0] / num_labels, sums[1] / self.world.num_processes])
+        mean_loss, mean_norm = sums[0] / num_labels, sums[1] / self.world.num_processes
+        skipped = ~(mean_loss + mean_norm).isfinite()
 
-    def _step(self, live: TrainState, trained: Sequence[nn.Parameter], norm: Tensor, *, unless: Tensor | None) -> None:
-        """Clip and step; with `unless`, a bool on the device, the optimizer sees there whether it is to do nothing."""
+        # 4. Clip and step.
         if self._max_grad_norm is not None:
             # foreach must be asked for: by itself torch takes DTensors one at a time.
             torch.nn.utils.clip_grads_with_norm_(trained, self._max_grad_norm, norm, foreach=True)
-        optimizer: Any = live.optimizer
-        # The name by which torch's gradient scaler tells a fused optimizer.
-        optimizer.found_inf = None if unless is None else unless.float()
-        optimizer.step()
-        optimizer.found_inf = None
+        self.step(state, skipped)
+        state.optimizer.zero_grad(set_to_none=True)
+        return Update(loss=mean_loss, grad_norm=mean_norm, skipped=skipped, stop=num_stops > 0)
 
-    def _autocast(self) -> torch.autocast:
-        # Our own: accelerate's would copy the logits to fp32 and patch model.forward.
+    def step(self, state: TrainState, skipped: Tensor) -> None:
+        """One step of the optimizer unless `skipped`; decided on the device where the optimizer can be told there."""
+        optimizer: Any = state.optimizer
+        if state.skips_on_device:
+            # The attribute by which torch's gradient scaler has a fused optimizer write nothing, step counts included.
+            optimizer.found_inf = skipped.float()
+            optimizer.step()
+            optimizer.found_inf = None
+        elif not skipped.item():
+            optimizer.step()
+
+    def gradient_sync(self, state: TrainState, *, is_last: bool) -> AbstractContextManager[None]:  # noqa: ARG002
+        """Around a micro-batch: decides whether its gradients travel; `is_last` of its update."""
+        return nullcontext()
+
+    def total_norm(self, trained: Sequence[nn.Parameter]) -> Tensor:
+        """The norm of all gradients together, the same on every process."""
+        return torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of training. Accelerate's own would copy the logits to fp32 and patch model.forward."""
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self._bf16)
 
-    def _token_losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        with self._autocast():
-            return token_losses(model, on_device(batch, self.world.device))
+    def to_device(self, batch: Batch) -> Batch:
+        """The tensors of a batch on this process's device; does not wait for the copies."""
+        return {key: values.to(self.world.device, non_blocking=True) for key, values in batch.items()}
+
+    @contextmanager
+    def inference(self, state: TrainState) -> Iterator[None]:
+        """Forward passes beside training: no gradients, no dropout, the precision of training.
+
+        Every process makes the same number of them.
+        """
+        was_training = state.model.training
+        state.model.eval()
+        try:
+            with torch.no_grad(), self.autocast():
+                yield
+        finally:
+            state.model.train(was_training)
+
+    def loss(self, state: TrainState, batch: Batch) -> Tensor:
+        """Sum of the losses of this process's batch, within `inference`."""
+        return self.task.loss(state.model, self.to_device(batch))
+
+    def restart(
+        self,
+        state: TrainState,
+        *,
+        seed: int,
+        index: int,
+        reinit: str = "kaiming",
+        optimizer_reset: str = "zero",
+        prune_ratio: float = 0.9,
+        carry_residual: bool = False,
+    ) -> RestartReport:
+        """`relora.restart` with the engine's access to parameters and state; arguments and errors as there."""
+        return restart(
+            state.model,
+            state.optimizer,
+            seed=seed,
+            index=index,
+            reinit=reinit,
+            optimizer_reset=optimizer_reset,
+            prune_ratio=prune_ratio,
+            carry_residual=carry_residual,
+            store=self.restart_store(state),
+            draw_index=self.draw_index,
+            transform_delta=self.transform_delta,
+        )
+
+    def restart_store(self, state: TrainState) -> Store:  # noqa: ARG002
+        """The store that a restart reads factors through."""
+        return self.store
+
+    def transform_delta(self, name: str, delta: Tensor) -> Tensor:  # noqa: ARG002
+        """The update to merge into the weight of layer `name`, for the one that was learned."""
+        return delta
+
+    def checksum(self, state: TrainState, *, leave_out: frozenset[str] = frozenset()) -> str:
+        """Sums in float64 of all parameters that every process holds a copy of: equal on all after a restart.
+
+        A sharded parameter has no second copy that could differ.
+
+        Args:
+            leave_out: canonical names of parameters that may differ.
+        """
+        sums = {}
+        for name, parameter in named_parameters(state.model).items():
+            shard = self.store.local(parameter)
+            if name not in leave_out and not shard.is_partial:
+                sums[name] = shard.values.sum(dtype=torch.float64).item()
+        return str(sums)
+
+    def sent_per_gradient_byte(self, num_micro_batches: int) -> float:  # noqa: ARG002
+        """Bytes that a process sends in an update for each byte of a trained parameter's gradient, in rings."""
+        n = self.world.num_processes
+        return 2 * (n - 1) / n  # an all-reduce, once
+
+    def compile(self, state: TrainState) -> None:
+        """Compile the model with torch.compile."""
+        compile_in_place(state.model)
+
+    def release(self, state: TrainState) -> None:
+        """Free all memory that training alone needs; the weights can still be read."""
+        state.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.state.clear()
+
+
+def restrict_layers(model: nn.Module, *, can_cache: bool, can_group: bool) -> None:
+    """Tell the wrapped layers what the engine's handling of their parameters allows.
+
+    Args:
+        can_cache: W + delta may be cached between calls: W stays whole, and writes to the factors are counted.
+        can_group: layers that read the same input may be computed together: all are whole at the same time.
+    """
+    for layer in lora_layers(model).values():
+        layer.can_cache, layer.can_group = can_cache, can_group

@@ -8,26 +8,45 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from relora.engines.base import TorchEngine, TrainState
+from relora.config import Config
+from relora.engines.base import Engine, TrainState
 from relora.engines.sharded_store import ReplicatedStore
 from relora.engines.world import World
+from relora.model.tasks import Task
 
 
-class DDPEngine(TorchEngine):
-    """Parameters whole on every rank; only gradients of trainable parameters travel, once an update."""
+class OneProcessEngine(Engine):
+    """Whole parameters on one device."""
 
-    def __init__(self, world: World, *, mixed_precision: str, max_grad_norm: float | None) -> None:
-        super().__init__(world, mixed_precision=mixed_precision, max_grad_norm=max_grad_norm)
-        self.name = "one process" if world.num_processes == 1 else f"DDP ({world.backend})"
+    name = "one process"
+
+    def __init__(self, world: World, task: Task, *, mixed_precision: str, max_grad_norm: float | None) -> None:
+        super().__init__(world, task, mixed_precision=mixed_precision, max_grad_norm=max_grad_norm)
         self.store = ReplicatedStore(world.device)
+
+    @classmethod
+    def from_config(cls, config: Config, world: World, task: Task) -> "OneProcessEngine":
+        """The engine with the settings of `config`."""
+        precision, max_grad_norm = config.training.mixed_precision, config.optim.max_grad_norm
+        return cls(world, task, mixed_precision=precision, max_grad_norm=max_grad_norm)
 
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> TrainState:
         model.to(self.world.device)
-        return TrainState(model=model, wrapped=self._wrapped(model), optimizer=build_optimizer(model))
+        return TrainState(model=model, parallel_model=self.parallelize(model), optimizer=build_optimizer(model))
 
-    def _wrapped(self, model: nn.Module) -> nn.Module:
-        if self.world.num_processes == 1:
-            return model
+    def parallelize(self, model: nn.Module) -> nn.Module:
+        """The module for the forward passes of training."""
+        return model
+
+
+class DDPEngine(OneProcessEngine):
+    """Whole parameters on every process; the gradients of trainable parameters travel, once an update."""
+
+    def __init__(self, world: World, task: Task, *, mixed_precision: str, max_grad_norm: float | None) -> None:
+        super().__init__(world, task, mixed_precision=mixed_precision, max_grad_norm=max_grad_norm)
+        self.name = f"DDP ({world.backend})"
+
+    def parallelize(self, model: nn.Module) -> nn.Module:
         device = self.world.device
         return DistributedDataParallel(
             model,
@@ -35,12 +54,11 @@ class DDPEngine(TorchEngine):
             gradient_as_bucket_view=True,
             # Buffers (rotary tables) are the same everywhere; sending them at each forward would cost a collective.
             forward_sync_buffers=False,
-            # Nor are the weights sent now: they are written afterwards, the same on every rank.
+            # Nor are the weights sent now: they are written afterwards, the same on every process.
             init_sync=False,
         )
 
-    def _reduce_gradients(self, live: TrainState, *, last: bool) -> AbstractContextManager[None]:
-        """Gradients travel in the backward pass of the last micro-batch alone."""
-        if last or not isinstance(live.wrapped, DistributedDataParallel):
+    def gradient_sync(self, state: TrainState, *, is_last: bool) -> AbstractContextManager[None]:
+        if is_last:
             return nullcontext()
-        return cast(AbstractContextManager[None], live.wrapped.no_sync())
+        return cast(AbstractContextManager[None], cast(DistributedDataParallel, state.parallel_model).no_sync())

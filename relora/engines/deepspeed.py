@@ -4,23 +4,23 @@ import gc
 import inspect
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora.engines.base import Batch, Queued, TrainState, on_device
-from relora.engines.outer import OuterOptimizer
+from relora.config import Config
+from relora.data import Batch
+from relora.engines.base import Engine, TrainState, Update, restrict_layers
+from relora.engines.deepspeed_config import deepspeed_settings, wants_own_optimizer
 from relora.engines.world import World
 from relora.engines.zero_store import ZeroStore
-from relora.method.restart import RestartReport, restart
-from relora.model.model import compile_in_place, num_label_tokens, token_losses
+from relora.model.tasks import Task
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Engine):
     """ZeRO around torch's AdamW or DeepSpeed's own.
 
     Args:
@@ -28,7 +28,10 @@ class DeepSpeedEngine:
         own_optimizer: take DeepSpeed's AdamW instead of torch's.
     """
 
-    def __init__(self, world: World, settings: Mapping[str, Any], *, mixed_precision: str, own_optimizer: bool) -> None:
+    def __init__(
+        self, world: World, task: Task, settings: Mapping[str, Any], *, mixed_precision: str, own_optimizer: bool
+    ) -> None:
+        super().__init__(world, task, mixed_precision=mixed_precision, max_grad_norm=None)  # DeepSpeed clips itself
         if world.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
@@ -36,116 +39,87 @@ class DeepSpeedEngine:
 
         logger.setLevel("WARNING")
         self._deepspeed = deepspeed
-        self.world = world
-        self.is_apart, self.draw_index, self.outer = False, 0, OuterOptimizer()
-        self.stage = int(settings["zero_optimization"]["stage"])
-        self.name = f"DeepSpeed ZeRO-{self.stage} ({world.backend})"
-        self.store = ZeroStore(world.device)
         self._settings, self._own_optimizer = settings, own_optimizer
-        self._bf16 = mixed_precision == "bf16"
+        self.zero_stage = int(settings["zero_optimization"]["stage"])
+        self.name = f"DeepSpeed ZeRO-{self.zero_stage} ({world.backend})"
+        self.store: ZeroStore = ZeroStore(world.device)
+
+    @classmethod
+    def from_config(cls, config: Config, world: World, task: Task) -> "DeepSpeedEngine":
+        """The engine with the launcher's settings, completed from `config`."""
+        settings, precision = deepspeed_settings(config, world.num_processes), config.training.mixed_precision
+        return cls(world, task, settings, mixed_precision=precision, own_optimizer=wants_own_optimizer())
 
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> TrainState:
+        # ZeRO writes factors through flat buffers, which counts no versions; ZeRO-3 gathers one module at a time.
+        restrict_layers(model, can_cache=False, can_group=self.zero_stage < 3)
         optimizer = build_optimizer(model)
         if self._own_optimizer:
-            optimizer = self._of_deepspeed(optimizer)
-        wrapped, zero, *_ = self._deepspeed.initialize(
+            optimizer = self._deepspeeds_adamw(optimizer)
+        engine, zero, *_ = self._deepspeed.initialize(
             model=model, optimizer=optimizer, config=dict(self._settings), dist_init_required=False
         )
         self.store.zero = zero
-        return TrainState(model=model, wrapped=wrapped, optimizer=zero)
+        return TrainState(model=model, parallel_model=engine, optimizer=zero)
 
-    def begin(self, live: TrainState) -> None:
-        """Nothing is due."""
-
-    def restart(self, live: TrainState, **how: Any) -> RestartReport:
-        return restart(live.model, live.optimizer, store=self.store, **how)
-
-    def compile(self, live: TrainState) -> None:
-        compile_in_place(live.model)
-
-    def queues(self, live: TrainState) -> bool:  # noqa: ARG002
-        """DeepSpeed reads itself, in each update, whether it is to be made."""
-        return False
-
-    def update(
-        self,
-        live: TrainState,
-        batches: Sequence[Batch],
-        *,
-        seeds: Sequence[int],
-        stop: bool,
-        after: Queued | None = None,  # noqa: ARG002
-    ) -> Queued:
-        engine: Any = live.wrapped
-        labels_here = sum(num_label_tokens(batch) for batch in batches)
-        [num_labels, num_stops] = self.world.sum([labels_here, stop])
+    def update(self, state: TrainState, batches: Sequence[Batch], *, seeds: Sequence[int], stop: bool) -> Update:
+        """As in Engine, with DeepSpeed's backward pass and step, which wait for the device in each update."""
+        engine: Any = state.parallel_model
+        num_labels, num_stops = self.world.sum([sum(map(self.task.num_labels, batches)), stop])
         num_labels, losses = max(num_labels, 1), []
-        # The mean over ranks is taken of gradients; the loss is a sum over ranks and tokens.
+        # Processes average gradients, and the loss is a sum over processes.
         factor: float | Tensor = self.world.num_processes / num_labels
         for batch, seed in zip(batches, seeds, strict=True):
             torch.manual_seed(seed)
             is_last = batch is batches[-1]
             engine.set_gradient_accumulation_boundary(is_last)
-            loss = token_losses(engine, on_device(batch, self.world.device))
+            loss = self.task.loss(engine, self.to_device(batch))
             losses.append(loss.detach())
             if is_last:
                 summed = torch.stack(losses).sum().double()
                 self.world.all_reduce(summed)
-                # DeepSpeed itself skips an update whose gradient norm, agreed by all ranks, is not finite: a bad
-                # loss is made one, on the device, which goes on to the backward pass without us.
+                # DeepSpeed skips an update whose gradient norm, agreed by all processes, is not finite: a loss that is
+                # not finite turns the gradient into NaN on the device, and the host need not look at it now.
                 factor = torch.where(summed.isfinite(), factor, math.nan).to(loss.dtype)
             engine.backward(loss * factor)
         total = summed.item()
         engine.step()
         applied = bool(engine.was_step_applied())
-        grad_norm = float(engine.get_global_grad_norm()) if applied else math.nan
-        measured = torch.tensor([total / num_labels, grad_norm], dtype=torch.float64)
-        return Queued(measured=measured, failed=torch.tensor(not applied), stop=num_stops > 0)
+        norm = float(engine.get_global_grad_norm()) if applied else math.nan
+        mean_loss, grad_norm = torch.tensor([total / num_labels, norm], dtype=torch.float64)
+        return Update(loss=mean_loss, grad_norm=grad_norm, skipped=torch.tensor(not applied), stop=num_stops > 0)
 
     def sent_per_gradient_byte(self, num_micro_batches: int) -> float:
         n = self.world.num_processes
-        reduced = {1: 2, 2: 2 * num_micro_batches, 3: num_micro_batches}[self.stage]
+        reduced = {1: 2, 2: 2 * num_micro_batches, 3: num_micro_batches}[self.zero_stage]
         # ZeRO-1 and 2 then gather the updated parameters; ZeRO-3 gathers all of them at their use, trained or not.
-        return (n - 1) / n * (reduced + (self.stage < 3))
+        return (n - 1) / n * (reduced + (self.zero_stage < 3))
 
-    @contextmanager
-    def inference(self, live: TrainState) -> Iterator[None]:
-        was_training = live.model.training
-        live.model.eval()
-        try:
-            with torch.no_grad(), torch.autocast(self.world.device.type, torch.bfloat16, enabled=self._bf16):
-                yield
-        finally:
-            live.model.train(was_training)
-
-    def token_losses(self, live: TrainState, batch: Batch) -> Tensor:
-        return token_losses(live.model, on_device(batch, self.world.device))
-
-    def release(self, live: TrainState) -> None:
-        engine: Any = live.wrapped
+    def release(self, state: TrainState) -> None:
+        engine: Any = state.parallel_model
         engine.destroy()
         self.store.zero = None
         # Parameters that are still read hold ZeRO's optimizer, by closures that DeepSpeed has hung on them.
-        zero: Any = live.optimizer
+        zero: Any = state.optimizer
         zero.optimizer.state.clear()
-        (zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups).clear()
-        for parameter in live.model.parameters():
+        (zero.fp32_partitioned_groups_flat if self.zero_stage == 3 else zero.single_partition_of_fp32_groups).clear()
+        for parameter in state.model.parameters():
             # Through these a parameter that is still read would keep masters and moments in memory.
             for attribute in ("_hp_mapping", "_z3_optimizer"):
                 vars(parameter).pop(attribute, None)
-        if self.stage == 3:
-            _forget(live.model)
+        if self.zero_stage == 3:
+            _forget(state.model)
         gc.collect()
 
-    def _of_deepspeed(self, optimizer: Optimizer) -> Optimizer:
+    def _deepspeeds_adamw(self, optimizer: Optimizer) -> Optimizer:
         """DeepSpeed's AdamW with the groups and settings of torch's."""
         on_host = self._settings["zero_optimization"].get("offload_optimizer", {}).get("device") == "cpu"
         from deepspeed.ops import adam
 
         kind = adam.DeepSpeedCPUAdam if on_host or self.world.device.type == "cpu" else adam.FusedAdam
         chosen = {key: optimizer.defaults[key] for key in ("lr", "betas", "eps", "weight_decay")}
-        made: Optimizer = kind(optimizer.param_groups, **chosen)  # decoupled decay is its default
-        return made
+        result: Optimizer = kind(optimizer.param_groups, **chosen)  # decoupled decay is its default
+        return result
 
 
 def _forget(model: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """Sharded parameters, gradients and moments: torch's own fully_shard, on GPUs and CPUs alike.
 
-accelerate's options are read from its plugin and environment; accelerate itself does not enable FSDP on a CPU.
+The launcher's options are read from accelerate's plugin and environment; accelerate itself does not enable FSDP on a
+CPU.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,12 +17,14 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, 
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from relora.engines.base import TorchEngine, TrainState
+from relora.config import Config
+from relora.engines.base import Engine, TrainState, restrict_layers
 from relora.engines.sharded_store import ShardedStore
 from relora.engines.world import World
 from relora.method.optimizer_state import Slot, fresh_state, moments, set_step
 from relora.method.store import Shard
 from relora.model.model import compile_in_place, recompute_activations
+from relora.model.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -37,15 +40,29 @@ class FSDPOptions:
         one_unit: the whole model is one unit.
     """
 
-    reshard_after_forward: bool
-    cpu_offload: bool
-    activation_checkpointing: bool
-    block_names: tuple[str, ...]
-    min_num_params: int | None
-    one_unit: bool
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    activation_checkpointing: bool = False
+    block_names: tuple[str, ...] = ()
+    min_num_params: int | None = None
+    one_unit: bool = False
+
+    @classmethod
+    def launched(cls) -> "FSDPOptions":
+        """The options that the launcher's environment sets, as accelerate's plugin understands them."""
+        plugin: Any = FullyShardedDataParallelPlugin()
+        policy = getattr(plugin.auto_wrap_policy, "__name__", None)
+        return cls(
+            reshard_after_forward=plugin.reshard_after_forward,
+            cpu_offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy),
+            activation_checkpointing=plugin.activation_checkpointing,
+            block_names=tuple(plugin.transformer_cls_names_to_wrap or ()),
+            min_num_params=plugin.min_num_params if policy == "size_based_auto_wrap_policy" else None,
+            one_unit=policy is None,
+        )
 
     def units(self, model: nn.Module) -> list[nn.Module]:
-        """The modules of `model` that are gathered one at a time, without units within them, the innermost first.
+        """The modules of `model` that are gathered one at a time, the innermost first.
 
         Raises:
             ValueError: there are none.
@@ -53,7 +70,7 @@ class FSDPOptions:
         if self.one_unit:
             return []
         if self.min_num_params is not None:
-            return _of_size(model, self.min_num_params)
+            return _units_by_size(model, self.min_num_params)
         names = self.block_names or tuple(getattr(model, "_no_split_modules", None) or ())
         units = [module for module in model.modules() if type(module).__name__ in names]
         if not units:
@@ -64,54 +81,42 @@ class FSDPOptions:
         return units
 
 
-def fsdp_options() -> FSDPOptions:
-    """The options of accelerate's FSDP plugin, as the launcher's environment sets them."""
-    plugin: Any = FullyShardedDataParallelPlugin()
-    policy = getattr(plugin.auto_wrap_policy, "__name__", None)
-    return FSDPOptions(
-        reshard_after_forward=plugin.reshard_after_forward,
-        cpu_offload=isinstance(plugin.cpu_offload, CPUOffloadPolicy),
-        activation_checkpointing=plugin.activation_checkpointing,
-        block_names=tuple(plugin.transformer_cls_names_to_wrap or ()),
-        min_num_params=plugin.min_num_params if policy == "size_based_auto_wrap_policy" else None,
-        one_unit=policy is None,
-    )
-
-
-def _of_size(model: nn.Module, min_num_params: int) -> list[nn.Module]:
-    """From the innermost outwards: modules that hold enough parameters not yet in a unit."""
-    units, taken = [], set[int]()
-    for module in reversed([*model.modules()][1:]):
-        mine = {id(p): p.numel() for p in module.parameters() if id(p) not in taken}
-        if sum(mine.values()) >= min_num_params and not isinstance(module, nn.ModuleList):
-            units.append(module)
-            taken |= mine.keys()
-    return units
-
-
-class FSDP2Engine(TorchEngine):
-    """Each block of the model is one unit, frozen weights and factors together; so is what is outside of them.
+class FSDP2Engine(Engine):
+    """Each block of the model is one unit, frozen weights and factors together; so is everything outside of blocks.
 
     Args:
         sync_each_batch: gradients are reduced after each micro-batch; otherwise once an update, until when
-            every rank holds them whole.
+            every process holds them whole.
     """
 
     def __init__(
         self,
         world: World,
+        task: Task,
         options: FSDPOptions,
         *,
         mixed_precision: str,
         max_grad_norm: float | None,
         sync_each_batch: bool,
     ) -> None:
-        super().__init__(world, mixed_precision=mixed_precision, max_grad_norm=max_grad_norm)
+        super().__init__(world, task, mixed_precision=mixed_precision, max_grad_norm=max_grad_norm)
         self.name = f"FSDP2 ({world.backend})"
         self.store = FSDP2Store(world.device)
         self._options, self._sync_each_batch = options, sync_each_batch
         self._units: list[nn.Module] = []
         self._mesh = init_device_mesh(world.device.type, (world.num_processes,))
+
+    @classmethod
+    def from_config(cls, config: Config, world: World, task: Task) -> "FSDP2Engine":
+        """The engine with the launcher's options and the settings of `config`."""
+        return cls(
+            world,
+            task,
+            FSDPOptions.launched(),
+            mixed_precision=config.training.mixed_precision,
+            max_grad_norm=config.optim.max_grad_norm,
+            sync_each_batch=config.training.sync_each_batch,
+        )
 
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> TrainState:
         offload = CPUOffloadPolicy(pin_memory=self.world.device.type == "cuda")
@@ -120,49 +125,51 @@ class FSDP2Engine(TorchEngine):
             "reshard_after_forward": self._options.reshard_after_forward,
             "offload_policy": offload if self._options.cpu_offload else OffloadPolicy(),
         }
+        # A cached W + delta would outlive the gathered unit. Layers of one unit are whole together.
+        restrict_layers(model, can_cache=False, can_group=True)
         if self._options.activation_checkpointing:
             recompute_activations(model)
-        self._units = self._options.units(model)  # fully_shard changes the names of their classes
+        self._units = self._options.units(model)  # before fully_shard, which renames their classes
         for unit in self._units:
             fully_shard(unit, **sharding)
         fully_shard(model, **sharding | {"reshard_after_forward": None})
         for buffer in model.buffers():
             buffer.data = buffer.data.to(self.world.device)
-        return TrainState(model=model, wrapped=model, optimizer=build_optimizer(model))
+        return TrainState(model=model, parallel_model=model, optimizer=build_optimizer(model))
 
-    def compile(self, live: TrainState) -> None:  # noqa: ARG002
-        """Block by block: the hooks that gather a block stand between them."""
-        for unit in self._units:
-            compile_in_place(unit)
+    def gradient_sync(self, state: TrainState, *, is_last: bool) -> AbstractContextManager[None]:
+        cast(FSDPModule, state.model).set_requires_gradient_sync(is_last or self._sync_each_batch)
+        return nullcontext()
 
-    def release(self, live: TrainState) -> None:
-        super().release(live)
-        self._units = []
+    def total_norm(self, trained: Sequence[nn.Parameter]) -> Tensor:
+        norm = super().total_norm(trained)
+        return norm.full_tensor().to(self.world.device) if isinstance(norm, DTensor) else norm
+
+    @contextmanager
+    def inference(self, state: TrainState) -> Iterator[None]:
+        try:
+            with super().inference(state):
+                yield
+        finally:
+            # Without a backward pass the outermost unit would stay gathered, and its parameters plain tensors.
+            cast(FSDPModule, state.model).reshard()
 
     def sent_per_gradient_byte(self, num_micro_batches: int) -> float:
         n = self.world.num_processes
         return (n - 1) / n * (num_micro_batches if self._sync_each_batch else 1)  # reduce-scatters
 
-    @contextmanager
-    def inference(self, live: TrainState) -> Iterator[None]:
-        try:
-            with super().inference(live):
-                yield
-        finally:
-            # Without a backward pass the outermost unit would stay gathered, and its parameters plain tensors.
-            cast(FSDPModule, live.model).reshard()
+    def compile(self, state: TrainState) -> None:  # noqa: ARG002
+        """Block by block: the hooks that gather a block stand between them."""
+        for unit in self._units:
+            compile_in_place(unit)
 
-    def _reduce_gradients(self, live: TrainState, *, last: bool) -> AbstractContextManager[None]:
-        cast(FSDPModule, live.model).set_requires_gradient_sync(last or self._sync_each_batch)
-        return nullcontext()
-
-    def _total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        norm = super()._total_norm(gradients)
-        return norm.full_tensor().to(self.world.device) if isinstance(norm, DTensor) else norm
+    def release(self, state: TrainState) -> None:
+        super().release(state)
+        self._units = []
 
 
 class FSDP2Store(ShardedStore):
-    """DTensors, each rank with some rows of every parameter and of its moments."""
+    """DTensors: each process holds some rows of every parameter and of its moments."""
 
     def check(self, parameter: nn.Parameter) -> None:
         if not isinstance(parameter, DTensor):
@@ -172,14 +179,14 @@ class FSDP2Store(ShardedStore):
         return parameter.shape
 
     def local_copies(self, parameter: nn.Parameter) -> Mapping[str, Shard]:
-        return {"shard": _part(parameter.detach())}
+        return {"shard": _shard_of(parameter.detach())}
 
     def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
-        return "step" in optimizer.state.get(parameter, {}) and bool(self.slot_parts(optimizer, parameter))
+        return "step" in optimizer.state.get(parameter, {}) and bool(self.slot_shards(optimizer, parameter))
 
-    def slot_parts(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Shard]:
+    def slot_shards(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Shard]:
         state = moments(optimizer.state.get(parameter, {}), parameter.shape)
-        return {slot: _part(values) for slot, values in state.items()}
+        return {slot: _shard_of(values) for slot, values in state.items()}
 
     def step(self, optimizer: Optimizer, parameter: nn.Parameter) -> float:
         return float(optimizer.state.get(parameter, {}).get("step", 0))
@@ -191,10 +198,24 @@ class FSDP2Store(ShardedStore):
         optimizer.state[parameter] = fresh_state(optimizer, parameter, slots)
 
 
-def _part(tensor: Tensor) -> Shard:
-    """The rows that this rank holds: fully_shard cuts the first dimension as torch.chunk does."""
+def _shard_of(tensor: Tensor) -> Shard:
+    """The rows that this process holds: fully_shard cuts the first dimension as torch.chunk does.
+
+    Of 5 rows on 2 processes the first holds 3 and the second 2; of 1 row the second holds none.
+    """
     sharded = cast(DTensor, tensor)
     num_rows, mesh = sharded.shape[0], sharded.device_mesh
     first = min(mesh.get_local_rank() * -(-num_rows // mesh.size()), num_rows)
-    local = sharded.to_local()
-    return Shard(local, first * (sharded.numel() // max(num_rows, 1)), is_partial=True)
+    row_size = sharded.numel() // max(num_rows, 1)
+    return Shard(sharded.to_local(), first * row_size, is_partial=True)
+
+
+def _units_by_size(model: nn.Module, min_num_params: int) -> list[nn.Module]:
+    """From the innermost outwards: modules that hold enough parameters not yet in a unit."""
+    units, taken = [], set[int]()
+    for module in reversed([*model.modules()][1:]):
+        own = {id(p): p.numel() for p in module.parameters() if id(p) not in taken}
+        if sum(own.values()) >= min_num_params and not isinstance(module, nn.ModuleList):
+            units.append(module)
+            taken |= own.keys()
+    return units

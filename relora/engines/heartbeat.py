@@ -1,7 +1,7 @@
-"""A rank that dies or hangs takes the others down within a minute, and they say which it was and why.
+"""Heartbeats: a process that dies or hangs ends the others within a minute, and they name it and the reason.
 
-Nobody else does: the time limit of the process group is hours, as rank 0 writes checkpoints alone, and NCCL waits that
-long for a peer that is gone; a launcher sees the processes of its own node only.
+Nothing else does: the time limit of the process group is hours, as the first process writes checkpoints alone, and NCCL
+waits that long for a lost peer; a launcher sees the processes of its own node only.
 """
 
 import os
@@ -19,14 +19,14 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 @dataclass(frozen=True)
 class Limits:
-    every_s: float = 2.0  # between two looks
-    silent_s: float = 45.0  # how long a rank, or the store, may be silent
-    start_s: float = 600.0  # the same for a rank that was never heard of: it may still be loading
-    grace_s: float = 10.0  # how long this process may take to end by itself when another one is dead
+    every_s: float = 2.0  # between two heartbeats
+    silent_s: float = 45.0  # a process, or the store, may be silent for so long
+    start_s: float = 600.0  # the same before its first heartbeat: it may still be loading
+    grace_s: float = 10.0  # this process may take so long to end by itself when another one is dead
 
 
-def agreed_name() -> str:
-    """A new name for the processes of this launch, the same on all; collective."""
+def agree_on_name() -> str:
+    """A new name for this launch, the same on all its processes. Collective."""
     # A store can outlive its processes, and would show the next ones their deaths. TORCHELASTIC_RESTART_COUNT does not
     # tell them apart: each launcher counts for itself, and one that replaces a lost node begins at 0.
     names = [uuid.uuid4().hex]
@@ -35,64 +35,66 @@ def agreed_name() -> str:
 
 
 class Heartbeat:
-    """Tells the other ranks that this one lives, and watches one of them: a few small messages, however many they are.
+    """Shows the other processes that this one lives, and watches one of them: a few small messages, however many they are.
 
-    Heartbeats come from a thread: a long computation is no death, SIGKILL and SIGSTOP are. The store is the one at
-    MASTER_ADDR:MASTER_PORT, of the launcher or of rank 0; when it answers no more, whoever holds it counts as dead.
-    `name` is `agreed_name()`.
+    Heartbeats come from a thread: a long computation does not stop them, SIGKILL and SIGSTOP do. The store is the one at
+    MASTER_ADDR:MASTER_PORT, of the launcher or of the first process; when it stops answering, its holder counts as dead.
+
+    Args:
+        name: the result of `agree_on_name`.
     """
 
     def __init__(self, process_index: int, num_processes: int, name: str, limits: Limits = Limits()) -> None:
-        self._rank, self._neighbour, self._name, self._limits = (
+        self._process_index, self._neighbour, self._name, self._limits = (
             process_index,
             (process_index - 1) % num_processes,
             name,
             limits,
         )
         self._host, self._port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._me = f"rank {process_index} (host {socket.gethostname()}, pid {os.getpid()})"
-        self._told = ""  # what is wrong here
+        self._me = f"process {process_index} (host {socket.gethostname()}, pid {os.getpid()})"
+        self._failure = ""  # of this process
         self._rounds = 0  # how often the store has answered
-        self._beats = StandStill(3 * limits.every_s)  # of the neighbour
+        self._beats = StandStill(3 * limits.every_s)  # of the watched neighbour
         self._ending = False
         self._stopped, self._wake, self._passed_on = (threading.Event() for _ in range(3))
-        self._lock = threading.Lock()  # who says something or ends the process holds it, and so does stop()
+        self._lock = threading.Lock()  # held to print, to end the process, and in stop()
         # Torch's client has no time limit for an answer: the first thread may hang in it, the second sees that.
-        targets = self._keep_talking, self._mind_the_store
+        targets = self._beat, self._watch_store
         self._threads = [threading.Thread(target=target, name="watch", daemon=True) for target in targets]
 
     def start(self) -> None:
-        """Begin. Ranks may start far apart."""
+        """Begin. Processes may start far apart."""
         for thread in self._threads:
             thread.start()
 
-    def tell(self, reason: str) -> None:
-        """Let the others know that this rank ends because of an error; it has grace_s for that, or to stop()."""
+    def report_failure(self, reason: str) -> None:
+        """Tell the others that this process ends because of an error; it has grace_s to do so, or to call stop()."""
         text = " ".join(reason.split())[:600].encode(errors="backslashreplace").decode()
-        self._told = f"{self._me} failed: {text}"
+        self._failure = f"{self._me} failed: {text}"
         self._wake.set()
         if self._threads[0].is_alive():
             self._passed_on.wait(2 * self._limits.every_s)
 
     def stop(self) -> None:
-        """End the watch in order: nobody misses this rank any more, and from here on it says and ends nothing."""
+        """End the heartbeat in order: nobody misses this process any more, and it prints and ends nothing from here on."""
         with self._lock:
             self._stopped.set()
         self._wake.set()
         for thread in filter(threading.Thread.is_alive, self._threads):
-            thread.join(timeout=2 * self._limits.every_s)  # no longer: it may hang in the store
+            thread.join(timeout=2 * self._limits.every_s)  # not longer: it may hang in the store
 
-    def _keep_talking(self) -> None:
+    def _beat(self) -> None:
         store, verdict, last = None, b"", False
         while not last:
             self._wake.clear()
             last = self._stopped.is_set()
             try:
                 store = store or self._connect()
-                verdict = self._talk(store, last=last)
+                verdict = self._round(store, last=last)
                 self._rounds += 1
             except (OSError, RuntimeError):  # the latter are torch's
-                store = None  # the other thread knows how long that may last
+                store = None  # the other thread limits how long this may last
             if verdict:
                 self._end(verdict.decode())
             self._wake.wait(0 if last else self._limits.every_s)
@@ -103,47 +105,47 @@ class Heartbeat:
             limit = timedelta(seconds=self._limits.silent_s)
         client = TCPStore(self._host, self._port, is_master=False, wait_for_workers=False, timeout=limit)
         store = PrefixStore(f"relora/watch/{self._name}", client)
-        store.set(f"who/{self._rank}", self._me)
+        store.set(f"who/{self._process_index}", self._me)
         return store
 
-    def _talk(self, store: Store, *, last: bool) -> bytes:
-        """One round. Returns the verdict, if there is one: the first, as later ones mostly follow from it."""
-        store.add(f"beat/{self._rank}", 1)
+    def _round(self, store: Store, *, last: bool) -> bytes:
+        """One round of messages. Returns the verdict, if there is one: the first, as later ones mostly follow from it."""
+        store.add(f"beat/{self._process_index}", 1)
         verdict = b""
-        if self._told:
-            verdict = store.compare_set("verdict", "", self._told)
+        if self._failure:
+            verdict = store.compare_set("verdict", "", self._failure)
             self._passed_on.set()
         elif last:
-            store.set(f"left/{self._rank}", "in order")
+            store.set(f"left/{self._process_index}", "in order")
         else:
-            verdict = self._look(store)
+            verdict = self._check_neighbour(store)
         return verdict
 
-    def _look(self, store: Store) -> bytes:
-        beats = store.add(f"beat/{self._neighbour}", 0)  # 0 if there is none yet, where get would wait for it
+    def _check_neighbour(self, store: Store) -> bytes:
+        beats = store.add(f"beat/{self._neighbour}", 0)  # 0 before the first one, where `get` would wait
         limit_s = self._limits.silent_s if beats else self._limits.start_s
         if self._beats.still_s(beats) > limit_s and not store.check([f"left/{self._neighbour}"]):
-            who = store.get(f"who/{self._neighbour}").decode() if beats else f"rank {self._neighbour}"
-            store.compare_set("verdict", "", f"{who} has not been heard of for {limit_s:.0f} s")
+            who = store.get(f"who/{self._neighbour}").decode() if beats else f"process {self._neighbour}"
+            store.compare_set("verdict", "", f"{who} has been silent for {limit_s:.0f} s")
         return bytes(store.get("verdict") if store.check(["verdict"]) else b"")
 
-    def _mind_the_store(self) -> None:
+    def _watch_store(self) -> None:
         silent_s, rounds = self._limits.silent_s, StandStill(3 * self._limits.every_s)
         while not self._stopped.wait(self._limits.every_s):
             if rounds.still_s(self._rounds) > silent_s:
-                holder = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
+                holder = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "process 0"
                 where = f"at {self._host}:{self._port}"
-                self._end(f"{holder} is gone or cut off: its store {where} has not answered for {silent_s:.0f} s")
+                self._end(f"{holder} is gone or unreachable: its store {where} has not answered for {silent_s:.0f} s")
 
     def _end(self, why: str) -> None:
-        """Say why, and end this process unless it does so by itself in time."""
+        """Print the reason, and end this process unless it does so by itself in time."""
         with self._lock:
             if self._stopped.is_set() or self._ending:
                 return
             self._ending = True
-            if why != self._told:  # else the main thread has more to say about it
-                with suppress(OSError):  # not by sys.stderr, whose lock the main thread may hold while it hangs
-                    os.write(2, f"relora: rank {self._rank} ended: {why}\n".encode())
+            if why != self._failure:  # else the main thread prints more about it
+                with suppress(OSError):  # not sys.stderr, whose lock a hanging main thread may hold
+                    os.write(2, f"relora: process {self._process_index} ended: {why}\n".encode())
         self._stopped.wait(self._limits.grace_s)
         with self._lock:
             if not self._stopped.is_set():
@@ -151,9 +153,9 @@ class Heartbeat:
 
 
 class StandStill:
-    """How long a number has not changed, by this process's clock and only while it runs: at most `most_s` a look.
+    """How long a number has not changed, counted only while this process runs: at most `most_s` between two calls.
 
-    Else a job that was suspended as a whole (by Slurm, by Ctrl-Z) would go on to find all others silent for hours.
+    Otherwise a run that was suspended as a whole (by Slurm, by Ctrl-Z) would find all others silent for hours.
     """
 
     def __init__(self, most_s: float) -> None:

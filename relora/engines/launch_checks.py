@@ -1,14 +1,17 @@
-"""Launches and combinations that no engine can do as they are meant. docs/engines.md gives the reason for each."""
+"""Unsupported launches and option combinations. docs/engines.md gives the reason for each."""
 
 import os
 
 from relora.config import Config
+from relora.config.derived import accumulation_problems
+from relora.engines import local_sgd
 from relora.engines.deepspeed_config import deepspeed_problems
-from relora.engines.world import launched_engine
-from relora.method.base_weights import quantization_problem
+from relora.engines.world import launched_engine, launched_num_processes, world_problems
+from relora.method.optimizer import optimizer_problems
 
-NOT_THERE = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_TP": "tensor parallelism"}
-SIZES_NOT_THERE = {
+# Variables by which accelerate passes on what a launch asks for, and relora has no engine for.
+UNSUPPORTED = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_TP": "tensor parallelism"}
+UNSUPPORTED_SIZES = {
     "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism",
     "PARALLELISM_CONFIG_CP_SIZE": "context parallelism",
     "PARALLELISM_CONFIG_SP_SIZE": "sequence parallelism",
@@ -16,35 +19,46 @@ SIZES_NOT_THERE = {
 }
 
 
-def launch_refusals(config: Config, num_processes: int) -> list[str]:
+def problems(config: Config) -> list[str]:
     """Why this launch would not train as the launcher's environment and the configuration say, one line each."""
-    problems = [
-        f"the launcher asks for {name} ({variable}=true): relora has one process, DDP, FSDP2 and DeepSpeed ZeRO; "
-        "use one of the files in launch/"
-        for variable, name in NOT_THERE.items()
+    num_processes, engine = launched_num_processes(), launched_engine()
+    return [
+        *_unsupported_launches(),
+        *(deepspeed_problems(config, num_processes) if engine == "deepspeed" else []),
+        *(_fsdp_problems() if engine == "fsdp2" else []),
+        *optimizer_problems(config.optim.name, whole_parameters=engine == "ddp"),
+        *local_sgd.launch_problems(config, engine),
+        *world_problems(num_processes, config.training.num_processes),
+        *accumulation_problems(config, num_processes),
+    ]
+
+
+def _unsupported_launches() -> list[str]:
+    """Kinds of parallelism that the launcher's environment asks for and no engine has."""
+    asked = {
+        f"{name} ({variable}=true)"
+        for variable, name in UNSUPPORTED.items()
         if os.environ.get(variable, "false").lower() in ("true", "1")
-    ]
-    problems += [
-        f"the launcher asks for {name} ({variable}={os.environ[variable]}): relora has one process, DDP, FSDP2 and "
-        "DeepSpeed ZeRO; use one of the files in launch/"
-        for variable, name in SIZES_NOT_THERE.items()
+    } | {
+        f"{name} ({variable}={os.environ[variable]})"
+        for variable, name in UNSUPPORTED_SIZES.items()
         if int(os.environ.get(variable, "1")) > 1
+    }
+    return [
+        f"the launcher asks for {name}: relora has one process, DDP, FSDP2 and DeepSpeed ZeRO; "
+        "use one of the files in launch/"
+        for name in sorted(asked)
     ]
-    kind = launched_engine()
-    if kind == "deepspeed":
-        problems += deepspeed_problems(config, num_processes)
-    if kind == "fsdp2" and os.environ.get("FSDP_VERSION", "1") != "2":
-        problems.append("FSDP: fsdp_version 1 cannot hold frozen and trained weights in one unit; set fsdp_version: 2")
-    if kind == "fsdp2" and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "false") == "true":
-        problems.append(
-            "FSDP: fsdp_activation_checkpointing_offload: activations are computed again, none is kept on the host; "
+
+
+def _fsdp_problems() -> list[str]:
+    """Options of accelerate's FSDP section that cannot be met."""
+    found = []
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        found.append("FSDP: fsdp_version 1 cannot hold frozen and trained weights in one unit; set fsdp_version: 2")
+    if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "false") == "true":
+        found.append(
+            "FSDP: fsdp_activation_checkpointing_offload: activations are recomputed, none is kept on the host; "
             "set it to false"
         )
-    missing = quantization_problem(config.optim.name)
-    if missing is not None:
-        problems.append(f"optim.name = {missing}")
-    if kind != "local" and config.optim.name == "adamw_8bit":
-        problems.append("optim.name = adamw_8bit: needs one process or DDP, in which every parameter is whole")
-    if kind != "local" and config.relora.sync == "restart":
-        problems.append("relora.sync = restart: needs DDP, in which every process holds its own whole model")
-    return problems
+    return found

@@ -1,87 +1,209 @@
-"""Processes that each train factors of their own, and meet at restarts (relora.sync: restart).
+"""Local SGD between restarts (`relora.sync: restart`): processes train factors of their own and meet at restarts.
 
-Between restarts no gradient travels. At a restart W takes the mean of all processes' updates, of rank up to
-world size x r, what trains in full is averaged too, and each process draws new factors under its own key, so
-that the subspaces differ.
+No gradient travels in between. At a restart W takes the mean of all processes' updates, of rank up to
+num_processes * r, everything that trains in full is averaged too, and each process draws new factors under a key of its
+own, so that their subspaces differ. LoRA-the-Explorer, arXiv 2402.16828; the outer optimizer is DiLoCo's, arXiv
+2311.08105, Algorithm 1.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from relora.config import Config
+from relora.config.derived import schedule_of
 from relora.engines.base import TrainState
 from relora.engines.ddp import DDPEngine
-from relora.engines.outer import OuterOptimizer
 from relora.engines.world import World
 from relora.method.lora import factor_names, lora_layers
 from relora.method.names import named_parameters
-from relora.method.restart import RestartReport, restart
-from relora.method.store import TorchStore
+from relora.method.restart import RestartReport, draw_factors
+from relora.method.store import Store, TorchStore
+from relora.model.tasks import Task
+
+
+@dataclass
+class OuterOptimizer:
+    """SGD with Nesterov momentum, as torch's, over named tensors, whose gradient is the mean update of a cycle.
+
+    Attributes:
+        velocity: by name; empty without momentum.
+        anchors: the values from which the processes set out, by name, of parameters that train in full; empty while the
+            mean alone is the result.
+    """
+
+    learning_rate: float = 1.0
+    momentum: float = 0.0
+    velocity: dict[str, Tensor] = field(default_factory=dict)
+    anchors: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def is_plain_mean(self) -> bool:
+        """Whether the result is simply the mean."""
+        return self.learning_rate == 1 and self.momentum == 0
+
+    def step(self, name: str, delta: Tensor) -> Tensor:
+        """The update to apply for the mean update `delta` of the tensor `name`."""
+        if self.is_plain_mean:
+            return delta
+        if self.momentum == 0:
+            return delta * self.learning_rate
+        velocity = self.velocity.setdefault(name, torch.zeros_like(delta)).mul_(self.momentum).add_(delta)
+        return (delta + self.momentum * velocity) * self.learning_rate
+
+    def anchor(self, name: str, values: Tensor) -> None:
+        """Remember the values from which the processes set out, if they will be needed."""
+        if not self.is_plain_mean:
+            self.anchors[name] = values.detach().clone()
+
+    def settle(self, name: str, mean: Tensor) -> Tensor:
+        """The common values to continue from, for the mean of the processes' values."""
+        if self.is_plain_mean:
+            return mean
+        return self.anchors[name] + self.step(name, mean - self.anchors[name])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state for a checkpoint: `velocity/<name>` and `anchor/<name>`."""
+        kinds = {"velocity": self.velocity, "anchor": self.anchors}
+        return {f"{kind}/{name}": tensor for kind, tensors in kinds.items() for name, tensor in tensors.items()}
+
+    def load(self, key: str, tensor: Tensor) -> None:
+        """Put back one tensor of `tensors()`."""
+        kind, _, name = key.partition("/")
+        {"velocity": self.velocity, "anchor": self.anchors}[kind][name] = tensor
 
 
 class LocalSGDEngine(DDPEngine):
     """DDP while every parameter is trained in full; no gradients travel once the model has factors."""
 
     def __init__(
-        self, world: World, *, mixed_precision: str, max_grad_norm: float | None, outer: OuterOptimizer
+        self, world: World, task: Task, *, mixed_precision: str, max_grad_norm: float | None, outer: OuterOptimizer
     ) -> None:
-        super().__init__(world, mixed_precision=mixed_precision, max_grad_norm=max_grad_norm)
+        super().__init__(world, task, mixed_precision=mixed_precision, max_grad_norm=max_grad_norm)
         self.name += ", factors apart between restarts"
-        self.draw_index, self.outer = world.process_index, outer
+        self.draw_index, self._outer = world.process_index, outer
+        self._seed, self._reinit = 0, "kaiming"
+
+    @classmethod
+    def from_config(cls, config: Config, world: World, task: Task) -> "LocalSGDEngine":
+        relora = config.relora
+        engine = cls(
+            world,
+            task,
+            mixed_precision=config.training.mixed_precision,
+            max_grad_norm=config.optim.max_grad_norm,
+            outer=OuterOptimizer(relora.outer_learning_rate, relora.outer_momentum),
+        )
+        engine._seed, engine._reinit = config.seed, relora.reinit
+        return engine
 
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> TrainState:
-        self.is_apart = bool(lora_layers(model))
+        is_apart = bool(lora_layers(model))
+        self.num_states = self.world.num_processes if is_apart else 1
+        self.splits_masters = self.reduces_gradients = not is_apart
         return super().prepare(model, build_optimizer)
 
-    def begin(self, live: TrainState) -> None:
-        for name, parameter in _full_modules(live.model).items() if self.is_apart else ():
-            self.outer.anchor(name, parameter)
+    def parallelize(self, model: nn.Module) -> nn.Module:
+        return model if self.num_states > 1 or self.world.num_processes == 1 else super().parallelize(model)
 
-    def restart(self, live: TrainState, **how: Any) -> RestartReport:
-        meeting = GatheringStore(self.world, set(map(id, _of_kind(live.model, "lora_A"))))
-        report = restart(
-            live.model, live.optimizer, store=meeting, draw_index=self.draw_index, outer=self.outer.step, **how
-        )
-        for name, parameter in _full_modules(live.model).items():
+    def begin(self, state: TrainState, extra: Mapping[str, Tensor], *, cycle: int, draw_index: int) -> None:
+        for key, tensor in extra.items():
+            self._outer.load(key, tensor.to(self.world.device))
+        if self.reduces_gradients:
+            return
+        if draw_index != self.draw_index:
+            # A process that is new since the checkpoint, which is then one of a restart, has another's factors.
+            draw_factors(
+                state.model,
+                seed=self._seed,
+                index=cycle,
+                reinit=self._reinit,
+                store=self.store,
+                draw_index=self.draw_index,
+            )
+        if not extra:
+            for name, parameter in _trained_in_full(state.model).items():
+                self._outer.anchor(name, parameter)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return self._outer.tensors()
+
+    def state_of(self, index: int, fetch: Callable[[], Tensor]) -> Tensor:
+        return self.world.broadcast(fetch(), index)
+
+    def restart(self, state: TrainState, **settings: object) -> RestartReport:
+        report = super().restart(state, **settings)  # type: ignore[arg-type]
+        for name, parameter in _trained_in_full(state.model).items():
             mean = parameter.detach() / self.world.num_processes
             self.world.all_reduce(mean)
-            self.store.write(parameter, self.outer.settle(name, mean))
-            self.outer.anchor(name, parameter)
+            self.store.write(parameter, self._outer.settle(name, mean))
+            self._outer.anchor(name, parameter)
         return report
 
-    def _wrapped(self, model: nn.Module) -> nn.Module:
-        return model if self.is_apart else super()._wrapped(model)
+    def restart_store(self, state: TrainState) -> Store:
+        return MeanStore(self.world, {id(layer.lora_A) for layer in lora_layers(state.model).values()})
+
+    def transform_delta(self, name: str, delta: Tensor) -> Tensor:
+        return self._outer.step(name, delta)
+
+    def checksum(self, state: TrainState, *, leave_out: frozenset[str] = frozenset()) -> str:
+        return super().checksum(state, leave_out=leave_out | factor_names(state.model))
 
 
-class GatheringStore(TorchStore):
-    """Reads the factors of all processes side by side: B_all @ A_all is then the mean of their B @ A.
+class MeanStore(TorchStore):
+    """Reads the factors of all n processes side by side: B_all @ A_all is then the mean of their B @ A.
+
+    A_all (n r, d_in) stacks the A's, B_all (d_out, n r) is the B's next to each other, divided by n.
 
     Args:
-        first_factors: ids of the A's. Those of shape (r, d_in) are stacked, the B's (d_out, r) put in a row.
+        ids_of_A: ids of the parameters to be stacked; all other trained ones are B's.
     """
 
-    def __init__(self, world: World, first_factors: set[int]) -> None:
+    def __init__(self, world: World, ids_of_A: set[int]) -> None:
         super().__init__()
-        self._world, self._first_factors = world, first_factors
+        self._world, self._ids_of_A = world, ids_of_A
 
     def read(self, parameter: nn.Parameter) -> Tensor:
         n = self._world.num_processes
         if not parameter.requires_grad or n == 1:
             return super().read(parameter)
-        mine = parameter.detach().contiguous()
-        theirs = [torch.empty_like(mine) for _ in range(n)]
-        distributed.all_gather(theirs, mine)
-        return torch.cat(theirs) if id(parameter) in self._first_factors else torch.cat(theirs, dim=1) / n
+        own = parameter.detach().contiguous()
+        factors = [torch.empty_like(own) for _ in range(n)]
+        distributed.all_gather(factors, own)
+        return torch.cat(factors) if id(parameter) in self._ids_of_A else torch.cat(factors, dim=1) / n
 
 
-def _of_kind(model: nn.Module, which: str) -> list[nn.Parameter]:
-    return [getattr(layer, which) for layer in lora_layers(model).values()]
+def launch_problems(config: Config, engine: str) -> list[str]:
+    """Message if the processes of this launch cannot train apart."""
+    if config.relora.sync == "restart" and engine != "ddp":
+        return ["relora.sync = restart: needs DDP, in which every process holds its own whole model"]
+    return []
 
 
-def _full_modules(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains in full beside the factors, by canonical name."""
+def resume_problems(config: Config, *, step: int, num_states: int, num_processes: int) -> list[str]:
+    """Message if a checkpoint cannot be resumed by so many processes.
+
+    Between two restarts processes that train apart must be as many as they were.
+
+    Args:
+        num_states: number of processes that had trained parameters of their own when it was written.
+    """
+    schedule = schedule_of(config)
+    is_apart = config.relora.sync == "restart" and schedule.stage(step) == "low_rank"
+    at_restart = step == schedule.warm_start_steps or schedule.restart_due(step)
+    if not is_apart or at_restart or num_states == num_processes:
+        return []
+    return [
+        f"relora.sync = restart: the checkpoint of step {step} holds the state of {num_states} processes that have "
+        f"trained apart since the last restart, and the launcher started {num_processes}; resume with {num_states} up to "
+        "the next restart"
+    ]
+
+
+def _trained_in_full(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Trained parameters that are not factors, by canonical name."""
     factors = factor_names(model)
     return {name: p for name, p in named_parameters(model).items() if p.requires_grad and name not in factors}

@@ -1,8 +1,8 @@
-"""How parameters and their state are reached under ZeRO.
+"""Access to parameters and their optimizer state under ZeRO.
 
-What has to be written at a restart is kept in two places: the parameter that the model computes with, and an
-fp32 master in the flat partition of some rank, which overwrites the first at the next step. Frozen weights
-have no master. Adam's step count is one number a flat partition.
+A value that a restart writes is held in two places: the parameter that the model computes with, and an fp32 master in
+the flat partition of some process, which overwrites the first at the next step. Frozen weights have no such master.
+Adam's step count is one number for each flat partition.
 """
 
 from collections.abc import Mapping
@@ -20,10 +20,10 @@ from relora.method.store import Shard
 
 @dataclass(frozen=True)
 class Fragment:
-    """Where a rank keeps its part of a trained parameter: flat[offset : offset + length], from `start` on.
+    """The place of a process's shard of a trained parameter: flat[offset : offset + length] holds its entries from `start`.
 
     Attributes:
-        flat: the flat fp32 partition, by which the inner optimizer knows its state.
+        flat: the flat fp32 partition, which is the key of its state in the inner optimizer.
     """
 
     flat: Tensor
@@ -31,12 +31,12 @@ class Fragment:
     length: int
     start: int
 
-    def part_of(self, flat: Tensor) -> Shard:
+    def shard_of(self, flat: Tensor) -> Shard:
         return Shard(flat.detach()[self.offset : self.offset + self.length], self.start, is_partial=True)
 
 
 class ZeroStore(ShardedStore):
-    """Parameters as ZeRO has them, with the masters and moments in its flat partitions.
+    """Parameters under ZeRO, with masters and moments in its flat partitions.
 
     Attributes:
         zero: ZeRO's optimizer of the stage in training, by which a trained parameter's master is found.
@@ -46,30 +46,30 @@ class ZeroStore(ShardedStore):
 
     def check(self, parameter: nn.Parameter) -> None:
         if not (_is_partitioned(parameter) or not parameter.requires_grad or hasattr(parameter, "_hp_mapping")):
-            raise ValueError(f"a trained parameter of shape {tuple(parameter.shape)} is not in DeepSpeed's hands")
+            raise ValueError(f"a trained parameter of shape {tuple(parameter.shape)} is not managed by DeepSpeed")
 
     def raw_shape(self, parameter: nn.Parameter) -> torch.Size:
         shape: torch.Size = parameter.ds_shape if _is_partitioned(parameter) else parameter.shape  # type: ignore[attr-defined]
         return shape
 
     def local(self, parameter: nn.Parameter) -> Shard:
-        return _of_model(parameter)  # also of a stage that has ended, when there are no masters any more
+        return _model_shard(parameter)  # also after the end of a stage, when the masters are gone
 
     def local_copies(self, parameter: nn.Parameter) -> Mapping[str, Shard]:
-        copies = {"parameter": _of_model(parameter)}
+        copies = {"parameter": _model_shard(parameter)}
         if parameter.requires_grad:
             fragment = _fragment(self.zero, parameter)
-            copies["fp32 master"] = fragment.part_of(fragment.flat)
+            copies["fp32 master"] = fragment.shard_of(fragment.flat)
         return copies
 
     def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
         state = self._state(optimizer, parameter)
         return "step" in state and bool(moments(state, _fragment(optimizer, parameter).flat.shape))
 
-    def slot_parts(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Shard]:
+    def slot_shards(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Shard]:
         fragment = _fragment(optimizer, parameter)
         flat_moments = moments(self._state(optimizer, parameter), fragment.flat.shape)
-        return {slot: fragment.part_of(flat) for slot, flat in flat_moments.items()}
+        return {slot: fragment.shard_of(flat) for slot, flat in flat_moments.items()}
 
     def step(self, optimizer: Optimizer, parameter: nn.Parameter) -> float:
         return float(self._state(optimizer, parameter).get("step", 0))
@@ -98,24 +98,24 @@ def _is_partitioned(parameter: nn.Parameter) -> bool:
     return hasattr(parameter, "ds_id")
 
 
-def _of_model(parameter: Any) -> Shard:
-    """What the model computes with: the whole tensor under ZeRO-1 and 2, this rank's partition under ZeRO-3."""
+def _model_shard(parameter: Any) -> Shard:
+    """The values that the model computes with: the whole tensor under ZeRO-1 and 2, a shard under ZeRO-3."""
     if not _is_partitioned(parameter):
         return Shard(parameter.detach(), 0)
     if parameter.ds_status.name == "AVAILABLE":
-        # Small parameters stay gathered between updates; the gathered copy would hide what is written.
+        # Small parameters stay gathered between updates; the gathered copy would hide a write to the partition.
         parameter.partition()
     partition = parameter.ds_tensor.detach()
-    start = min(partition.numel() * _rank(parameter), parameter.ds_numel)
+    start = min(partition.numel() * _index_in_group(parameter), parameter.ds_numel)
     return Shard(partition[: parameter.ds_numel - start], start, is_partial=True)
 
 
 def _fragment(zero: Any, parameter: Any) -> Fragment:
-    """Where `zero` keeps this rank's part of the master; of length 0 where it keeps none."""
+    """The place of this process's shard of the master in `zero`; of length 0 where it has none."""
     if _is_partitioned(parameter):
-        part = _of_model(parameter)
+        shard = _model_shard(parameter)
         group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
-        return Fragment(zero.fp32_partitioned_groups_flat[group], offset, part.values.numel(), part.start)
+        return Fragment(zero.fp32_partitioned_groups_flat[group], offset, shard.values.numel(), shard.start)
     group = next(i for i, members in enumerate(zero.bit16_groups) if any(p is parameter for p in members))
     flat, mapping = zero.single_partition_of_fp32_groups[group], parameter._hp_mapping
     if mapping is None:
@@ -124,5 +124,5 @@ def _fragment(zero: Any, parameter: Any) -> Fragment:
     return Fragment(flat, there.start, there.numel, here.start)
 
 
-def _rank(parameter: Any) -> int:
+def _index_in_group(parameter: Any) -> int:
     return int(torch.distributed.get_rank(parameter.ds_process_group))

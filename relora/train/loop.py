@@ -1,166 +1,132 @@
-"""The only training loop. It knows one clock, and neither stages nor engines.
-
-updates -> log -> (restart -> evaluate -> checkpoint, where they are due) -> updates -> ...
-
-Where the engine allows it, the device is given all updates up to the next step whose numbers somebody waits for. One
-whose loss or gradient is not finite is not made there, nor are those behind it; the loop goes back to the next batch.
-"""
+"""The training loop: take a batch, update, log, run the callbacks that are due."""
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from relora.checkpoint.state import Clock
 from relora.config import Config
-from relora.engines import Batch, Engine, Queued, TrainState, Update, read
-from relora.method.optimizer import set_learning_rate
+from relora.data import Batch
+from relora.engines import Engine, TrainState, Update
 from relora.method.schedule import Schedule
-from relora.tracking.throughput import Meter, peak_memory_bytes
+from relora.tracking.throughput import Meter
 from relora.tracking.tracker import Tracker
+from relora.train.callbacks import Callbacks
 from relora.train.signals import StopRequest
 
 MAX_SKIPPED_IN_A_ROW = 10
-MOST_QUEUED = 32  # updates whose batches wait in host memory; a wait for the device after so many costs nothing
 
 
 class NotFiniteError(RuntimeError):
     """Too many updates in a row whose loss or gradient was not finite."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Loop:
-    """What the loop works with.
+    """The loop of one stage.
 
     Attributes:
-        batches: for each update in turn this rank's micro-batches, from the clock's `samples_seen` on.
-        arrive: called at least at each step where something is due: restart, evaluation, checkpoint.
-        due: whether anything is at a step.
-        asked: whether this process has been asked to stop.
+        batches: for each update in turn this process's micro-batches, from the sample of the first step on.
+        stop_request: whether this process has been asked to stop.
+        num_skipped: updates of the run whose loss or gradient was not finite on some process.
+        num_skipped_in_a_row: those of them since the last update that was not skipped.
     """
 
     config: Config
     schedule: Schedule
     engine: Engine
-    live: TrainState
+    state: TrainState
     tracker: Tracker
     batches: Iterator[Sequence[Batch]]
-    arrive: Callable[[Clock], None]
-    due: Callable[[int], bool]
-    asked: StopRequest
+    callbacks: Callbacks
+    stop_request: StopRequest
+    num_skipped: int = 0
+    num_skipped_in_a_row: int = 0
 
-    def run(self, clock: Clock, *, until: int, arrive_at_end: bool) -> tuple[Clock, bool]:
-        """Update until the clock stands at step `until`, or some rank has been asked to stop.
+    def run(self, step: int, *, until: int, callbacks_at_end: bool) -> tuple[int, bool]:
+        """Update from `step` to step `until`, or to where some process has been asked to stop.
 
         Args:
-            arrive_at_end: False when a switch follows at `until`: what is due there comes after the switch.
+            callbacks_at_end: False where a switch follows at `until`: what is due there comes after the switch.
 
         Returns:
-            The clock, and whether the run is to stop here, before its time.
+            The step, and whether the run is to stop here, before its end.
 
         Raises:
             NotFiniteError: 10 updates in a row had to be skipped.
         """
-        meter, skipped = Meter(self.engine, self.live, self.config), 0
-        unused = deque[Sequence[Batch]]()
-        while clock.step < until:
-            # What is queued behind an update that is not made is not made either: after one, each is looked at.
-            end = clock.step + 1 if skipped else self._next_look(clock.step, until)
-            taken, queued = self._queue(clock, unused, meter, end=end)
-            updates = read(queued)
-            meter.waited(len(updates))
-            for update in updates:
-                clock, skipped = self._count(clock, update, skipped)
-            unused.extendleft(reversed(taken[len(updates) :]))
-            if skipped:
-                continue
-            self._log(clock, updates[-1], meter)
-            if queued[-1].stop and clock.step < until:
-                return clock, True
-            if clock.step < until or arrive_at_end:
-                self.arrive(clock)
-                meter.restart_clock()
-        return clock, False
+        meter, unread, stops = Meter(self.engine, self.state, self.config), list[Update](), False
+        while step < until and not stops:
+            batches = next(self.batches)
+            with meter.measure(len(batches)):
+                unread.append(self.update(step, batches))
+            step, stops = step + 1, unread[-1].stop and step + 1 < until
+            is_logged = step % self.config.training.logging_steps == 0 or step == self.schedule.max_steps
+            is_due = self.callbacks.is_due(step) and not stops and (step < until or callbacks_at_end)
+            # The host reads the result of an update while the device computes the next one, and waits for the device
+            # only where somebody needs the newest.
+            if len(unread) > 1:
+                self.read(step - 1, unread.pop(0))
+            if is_logged or is_due or stops or step == until:
+                loss, grad_norm, skipped = self.read(step, unread.pop())
+                if is_logged and not skipped:
+                    self.log(step, loss, grad_norm, meter)
+            if is_due:
+                with meter.pause():
+                    self.callbacks(step, self.num_skipped)
+        return step, stops
 
-    def _next_look(self, step: int, until: int) -> int:
-        """The step up to which updates can be made without a look at what they measured."""
-        if not self.engine.queues(self.live):
-            return step + 1
-        logging_steps, until = self.config.training.logging_steps, min(until, step + MOST_QUEUED)
-        looks = (later for later in range(step + 1, until) if later % logging_steps == 0 or self.due(later))
-        return next(looks, until)
+    def update(self, step: int, batches: Sequence[Batch]) -> Update:
+        """The update from `step` to `step + 1`. The device may still be computing it afterwards."""
+        rate = self.schedule.rate(step)
+        for group in self.state.optimizer.param_groups:
+            group["lr"] = rate
+        # Dropout: a seed for each micro-batch, a pure function of its place in the run.
+        samples_seen, index = step * self.config.training.global_batch_size, self.engine.world.process_index
+        keys = [f"{self.config.seed}|{samples_seen}|{index}|{i}|dropout" for i in range(len(batches))]
+        seeds = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") for key in keys]
+        return self.engine.update(self.state, batches, seeds=seeds, stop=self.stop_request.signal is not None)
 
-    def _queue(
-        self, clock: Clock, unused: deque[Sequence[Batch]], meter: Meter, *, end: int
-    ) -> tuple[list[Sequence[Batch]], list[Queued]]:
-        """Batches and updates up to step `end`, or to the one at which some rank has been asked to stop."""
-        taken, queued = list[Sequence[Batch]](), list[Queued]()
-        while clock.step < end and not (queued and queued[-1].stop):
-            taken.append(unused.popleft() if unused else next(self.batches))
-            with meter.measured(len(taken[-1])):
-                queued.append(self._update(clock, taken[-1], after=queued[-1] if queued else None))
-            clock = clock.applied(self._num_samples)
-        return taken, queued
-
-    def _update(self, clock: Clock, batches: Sequence[Batch], *, after: Queued | None) -> Queued:
-        set_learning_rate(self.live.optimizer, self.schedule.rate(clock.step))
-        seed = self.config.seed
-        seeds = [
-            micro_batch_seed(seed, clock.samples_seen, self.engine.world.process_index, i) for i in range(len(batches))
-        ]
-        return self.engine.update(self.live, batches, seeds=seeds, stop=self.asked.signal is not None, after=after)
-
-    def _count(self, clock: Clock, update: Update, skipped: int) -> tuple[Clock, int]:
-        """The clock after this update, and how many in a row were skipped."""
-        if update.applied:
-            return clock.applied(self._num_samples), 0
-        clock = clock.skipped(self._num_samples)
-        self._tell_skipped(clock, update, skipped + 1)
-        return clock, skipped + 1
-
-    @property
-    def _num_samples(self) -> int:
-        return self.config.training.global_batch_size
-
-    def _log(self, clock: Clock, update: Update, meter: Meter) -> None:
-        config = self.config
-        due = clock.step % config.training.logging_steps == 0 or clock.step == self.schedule.max_steps
-        if not due:
-            return
-        line = {
-            "step": clock.step,
-            "samples_seen": clock.samples_seen,
-            "tokens": clock.samples_seen * config.data.sequence_length,
-            "loss": update.loss,
-            "learning_rate": self.schedule.rate(clock.step - 1),
-            "grad_norm": update.grad_norm,
-            **meter.speed(),
-            "peak_memory_bytes": peak_memory_bytes(self.engine.world.device),
-            **meter.bytes_sent(),
-        }
-        self.tracker.line(line)
-        self.tracker.progress(
-            clock.step,
-            loss=f"{update.loss:.3f}",
-            lr=f"{line['learning_rate']:.2e}",
-            tok_s=f"{line['tokens_per_second']:,.0f}",
-            restarts=str(self.schedule.restarts_done(clock.step)),
-        )
-
-    def _tell_skipped(self, clock: Clock, update: Update, skipped: int) -> None:
-        told = (
-            f"step {clock.step}: the batch ending at sample {clock.samples_seen} was skipped, its loss is "
-            f"{update.loss} and its gradient norm {update.grad_norm}"
-        )
-        self.tracker.say(told)
-        if skipped >= MAX_SKIPPED_IN_A_ROW:
-            raise NotFiniteError(
-                f"{told}; that is {skipped} in a row, so the run stops. No skipped batch has changed the model; try a "
-                "lower learning rate in a new output_dir (from a relora export of this run), or look at the data there"
+    def read(self, step: int, update: Update) -> tuple[float, float, bool]:
+        """Loss, gradient norm, and whether the update that led to `step` was skipped. Waits for the device."""
+        loss, grad_norm = update.loss.item(), update.grad_norm.item()
+        skipped = not math.isfinite(loss + grad_norm)
+        self.num_skipped += skipped
+        self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if skipped else 0
+        if skipped:
+            message = (
+                f"step {step}: the batch ending at sample {step * self.config.training.global_batch_size} was skipped, "
+                f"its loss is {loss} and its gradient norm {grad_norm}"
             )
+            self.tracker.message(message)
+            if self.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                raise NotFiniteError(
+                    f"{message}; that is {self.num_skipped_in_a_row} in a row, so the run stops. No skipped batch has "
+                    "changed the model; try a lower learning rate in a new output_dir (from a relora export of this "
+                    "run), or look at the data there"
+                )
+        return loss, grad_norm, skipped
 
-
-def micro_batch_seed(seed: int, samples_seen: int, process_index: int, index: int) -> int:
-    """The seed of dropout in one micro-batch, a pure function of the position."""
-    digest = hashlib.sha256(f"{seed}|{samples_seen}|{process_index}|{index}|dropout".encode()).digest()
-    return int.from_bytes(digest[:8], "big")
+    def log(self, step: int, loss: float, grad_norm: float, meter: Meter) -> None:
+        """One line of metrics on the update that led to `step`, and the progress bar."""
+        samples_seen, speed = step * self.config.training.global_batch_size, meter.fields()
+        rate = self.schedule.rate(step - 1)
+        self.tracker.line(
+            {
+                "step": step,
+                "samples_seen": samples_seen,
+                "tokens": samples_seen * self.config.data.sequence_length,
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": grad_norm,
+                "skipped": self.num_skipped,
+                **speed,
+            }
+        )
+        self.tracker.progress(
+            step,
+            loss=f"{loss:.3f}",
+            lr=f"{rate:.2e}",
+            tok_s=f"{speed['tokens_per_second']:,.0f}",
+            restarts=str(self.schedule.restarts_done(step)),
+        )

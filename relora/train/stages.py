@@ -1,9 +1,7 @@
-"""A run is a list of stages. State -> build -> go on: a start, a switch and a resume are this one path."""
+"""A run is a list of stages. State -> build -> train: a start, a switch and a resume are this one path."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -11,19 +9,17 @@ from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 
 from relora.checkpoint.master_weights import place_masters
-from relora.checkpoint.state import Clock, State
-from relora.checkpoint.weights import Handover, first_weights, load_weights
+from relora.checkpoint.state import State
+from relora.checkpoint.weights import ModelWeights, first_weights, load_weights
 from relora.config import Config
 from relora.config.derived import lora_config
 from relora.engines import Engine, TrainState
 from relora.method.choices import StageName
 from relora.method.inject import inject_lora
-from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.method.optimizer import build_optimizer
 from relora.method.optimizer_state import Slot
-from relora.method.reinit import draw_lora_A
-from relora.method.restart import begin_carried
+from relora.method.restart import start_factors
 from relora.method.schedule import Schedule
 from relora.method.store import Store
 from relora.model.liger import use_liger_kernels
@@ -49,28 +45,34 @@ def stages(schedule: Schedule) -> list[Stage]:
 
 
 def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedConfig, engine: Engine) -> TrainState:
-    """Model and optimizer of `stage`, holding what `state` holds, on the engine.
+    """Model and optimizer of `stage` with the values of `state`, on the engine.
 
-    A fresh state draws or downloads the weights; one of another stage gives its weights alone; one of this
-    stage gives everything.
+    A fresh state draws or downloads the weights; one of another stage gives its weights alone; one of this stage gives
+    everything.
     """
-    model = empty_model(config.model, hf_config)
+    resumes = state.stage == stage.name
+    # 1. The model as the stage trains it, still without values, and its optimizer, on the engine.
+    model = empty_model(config.model, hf_config, engine.task)
     make_trainable(model, stage, config, draw_index=engine.draw_index)
-    live = engine.prepare(model, partial(optimizer_for, config=config))
+    live = engine.prepare(model, lambda prepared: optimizer_for(prepared, config))
     place_masters(live.model, engine, folder=Path(config.output_dir) if config.lora.master == "disk" else None)
-    weights = first_weights(config, hf_config, engine.world) if state.stage is None else state.weights
-    load_weights(live.model, weights, engine.store, factors=state.stage == stage.name)
-    if stage.is_low_rank and state.stage != stage.name and config.relora.carry_residual:
-        begin_carried(live.model, seed=config.seed, store=engine.store)
-    if state.stage == stage.name:
-        _load_codes(live, state, engine.store)
+    # 2. Weights; the factors stay as they were drawn unless they come from this stage.
+    weights = first_weights(config, hf_config, engine) if state.stage is None else state.weights
+    load_weights(live.model, weights, engine.store, factors=resumes)
+    if stage.is_low_rank and not resumes:
+        start_factors(
+            live.model,
+            seed=config.seed,
+            reinit=config.relora.reinit,
+            carry_residual=config.relora.carry_residual,
+            store=engine.store,
+            draw_index=engine.draw_index,
+        )
+    # 3. The rest of this stage's own state.
+    if resumes:
+        _load_quantized(live, state, engine.store)
         _load_optimizer(live, state, engine.store)
-        if state.share != engine.draw_index:
-            _draw_own(live, state.cycle, config, engine)
-    for name, tensor in state.outer.items():
-        engine.outer.load(name, tensor.to(engine.world.device))
-    if not state.outer:
-        engine.begin(live)
+    engine.begin(live, state.extra, cycle=state.cycle, draw_index=state.index if resumes else engine.draw_index)
     return live
 
 
@@ -87,43 +89,14 @@ def make_trainable(model: PreTrainedModel, stage: Stage, config: Config, *, draw
     model.train()
 
 
-def switch(live: TrainState, engine: Engine, clock: Clock) -> State:
-    """What a stage hands to the next: its weights. The optimizer, the gradients and the hooks stay behind."""
+def switch(live: TrainState, engine: Engine, *, step: int, skipped: int) -> State:
+    """The state that a stage passes to the next: its weights. Optimizer, gradients and hooks stay behind."""
     engine.release(live)
-    return State(clock=clock, stage="full_rank", weights=Handover(live.model, engine.store))
-
-
-def freeze_untrained(model: nn.Module, trainable: str | None) -> None:
-    """Method full: train every parameter, or those whose name `trainable` (a regex) is found in.
-
-    Raises:
-        ValueError: it is found in no name.
-    """
-    names = named_parameters(model)
-    chosen = [name for name in names if trainable is None or re.search(trainable, name)]
-    if not chosen:
-        raise ValueError(f"training.trainable = {trainable}: found in no parameter's name, such as {next(iter(names))}")
-    for name, parameter in names.items():
-        parameter.requires_grad_(name in chosen)
-
-
-def _draw_own(live: TrainState, cycle: int, config: Config, engine: Engine) -> None:
-    """At a restart a rank that was not there before takes another's state, but searches in a subspace of its own."""
-    for name, layer in lora_layers(live.model).items():
-        A = draw_lora_A(
-            layer.r,
-            layer.in_features,
-            reinit=config.relora.reinit,
-            seed=config.seed,
-            index=cycle,
-            name=name,
-            draw_index=engine.draw_index,
-        )
-        engine.store.write(layer.lora_A, A)
+    return State(step=step, skipped=skipped, stage="full_rank", weights=ModelWeights(live.model, engine.store))
 
 
 def optimizer_for(model: nn.Module, config: Config) -> Optimizer:
-    """The optimizer of the configuration over what `model` trains."""
+    """The optimizer of the configuration over the trainable parameters of `model`."""
     optim = config.optim
     return build_optimizer(
         model,
@@ -136,19 +109,21 @@ def optimizer_for(model: nn.Module, config: Config) -> Optimizer:
     )
 
 
-def _load_codes(live: TrainState, state: State, store: Store) -> None:
-    """What the model computes with; where factors carry the rest of the exact W it does not follow from the master."""
+def _load_quantized(live: TrainState, state: State, store: Store) -> None:
+    """Load quantized weights as they are stored: where factors carry a residual, the master does not determine them."""
     parameters: Mapping[str, nn.Parameter] = named_parameters(live.model)
-    for name, codes in state.codes.items():
-        for part in store.local_copies(parameters[name]).values():
-            part.values.copy_(part.of(codes))
+    for name, values in state.quantized.items():
+        for shard in store.local_copies(parameters[name]).values():
+            shard.values.copy_(shard.of(values))
 
 
 def _load_optimizer(live: TrainState, state: State, store: Store) -> None:
+    """Give each trained parameter its moments, and its step count if the optimizer keeps one."""
     parameters: Mapping[str, nn.Parameter] = named_parameters(live.model)
     for name, moments in state.moments.items():
         parameter = parameters[name]
         store.make_state(live.optimizer, parameter, {slot: Slot.of(values) for slot, values in moments.items()})
         for slot, values in moments.items():
             store.write_slot(live.optimizer, parameter, slot, values)
-        store.write_step(live.optimizer, parameter, state.steps[name])
+        if name in state.steps:
+            store.write_step(live.optimizer, parameter, state.steps[name])

@@ -1,34 +1,34 @@
-"""A run from its configuration to its final model: the table of contents."""
+"""The story of a run: preflight, connect, build and train each stage, finish."""
 
 import json
-from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 import relora
 from relora.checkpoint.load import last_step, open_stage_start
 from relora.checkpoint.run_folder import RunFolder
 from relora.checkpoint.save import Checkpoints, write_stage_start
-from relora.checkpoint.state import Clock, State
-from relora.config import Config, UserError, raise_if_any
+from relora.checkpoint.state import State
+from relora.config import Config
 from relora.config.derived import derived_numbers
 from relora.data import micro_batches
-from relora.engines import Engine, TrainState, World, connect, is_first
+from relora.engines import Engine, TrainState, connect, is_first
+from relora.errors import Stopped, UserError, raise_if_any
 from relora.files import write_json
 from relora.method.parameter_report import describe_routes, parameter_report
-from relora.model.model import attention_problems, num_label_tokens
-from relora.tracking.tracker import RunTracker, SilentTracker, Tracker
+from relora.tracking.tracker import Tracker, open_tracker
 from relora.train.callbacks import Callbacks
 from relora.train.finish import finish, is_finished
 from relora.train.loop import Loop
-from relora.train.run import Run, newest_state, open_run
-from relora.train.signals import Stopped, StopRequest, stop_signals
+from relora.train.preflight import preflight
+from relora.train.run import Run, newest_state
+from relora.train.signals import StopRequest, stop_signals
 from relora.train.stages import Stage, build, stages, switch
 
 
@@ -37,240 +37,231 @@ def train(config: Config, *, dry_run: bool = False, extend: bool = False) -> Non
 
     Args:
         dry_run: stop after building the model and one forward pass; the run folder is left alone.
-        extend: a run may go on to a larger max_steps than it began with.
+        extend: allow a larger max_steps than the run began with.
 
     Raises:
-        UserError: something in the configuration, the files, the data or the launch is wrong.
-        Stopped: SIGTERM, SIGINT or SIGUSR1 came, to whichever rank; the same call goes on later.
+        UserError: a mistake in the configuration, the files, the data or the launch.
+        Stopped: SIGTERM, SIGINT or SIGUSR1 arrived at some process; the same call resumes the run later.
     """
-    _quiet_libraries()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     folder = RunFolder(Path(config.output_dir))
-    with _reason_in_status(folder, ours=not folder.is_run and not dry_run):
-        job = open_run(config, extend=extend)
-    if dry_run:
-        return _train(job, _rehearse)
-    with folder.held() if is_first() else nullcontext(), _reason_in_status(folder, ours=True):
-        return _train(job, run)
-
-
-def _train(job: Run, what: Callable[[Run, Engine, State], None]) -> None:
-    state = newest_state(job)
-    engine = connect(job.config)
-    try:
-        _agree(job, engine, state)
-        if engine.world.process_index == 0:
-            _announce(job, engine, state)
-        what(job, engine, state)
-    except Stopped:
+    with failure_in_status(folder, owned=not folder.is_run and not dry_run):
+        run = preflight(config, extend=extend)
+    with ExitStack() as stack:
+        if not dry_run:
+            if is_first():
+                stack.enter_context(folder.locked())
+            stack.enter_context(failure_in_status(folder, owned=True))
+        state = newest_state(run)
+        engine = connect(config)
+        try:
+            check_agreement(run, engine, state)
+            if is_first():
+                print(header(run, engine, state))
+            if dry_run:
+                rehearse(run, engine, state)
+            else:
+                train_stages(run, engine, state)
+        except Stopped:
+            engine.world.close()
+            raise
+        except BaseException as error:
+            engine.world.report_failure(error)
+            raise
         engine.world.close()
-        raise
-    except BaseException as error:
-        engine.world.tell(error)
-        raise
-    engine.world.close()
 
 
-def run(job: Run, engine: Engine, state: State) -> None:
-    """The stages of a run from `state` to its end, on an engine that is connected; every rank calls it.
+@dataclass(frozen=True)
+class Context:
+    """Everything that the stages of a run have in common."""
+
+    run: Run
+    engine: Engine
+    tracker: Tracker
+    checkpoints: Checkpoints
+    stop_request: StopRequest
+
+
+def train_stages(run: Run, engine: Engine, state: State) -> None:
+    """Train the stages of a run from `state` to its end, and write the final model.
 
     Raises:
         Stopped: as `train`.
     """
-    training, writes = job.config.training, engine.world.process_index == 0
-    checkpoints = Checkpoints(job.folder.checkpoints, limit=training.save_total_limit, writes=writes)
+    config, folder, writes = run.config, run.folder, engine.world.process_index == 0
+    checkpoints = Checkpoints(folder.checkpoints, limit=config.training.save_total_limit, writes=writes)
     if writes:
         checkpoints.remove_leftovers()
-        _open_folder(job, engine, state)
-    tracker: Tracker = (
-        RunTracker(job.folder, state, total=job.schedule.max_steps, hparams=job.identity) if writes else SilentTracker()
-    )
-    with closing(tracker), stop_signals() as asked:
-        kept = Kept(engine, tracker, checkpoints, asked)
-        for stage in stages(job.schedule):
-            if state.clock.step < stage.end:
-                state = _run_stage(stage, state, job=job, kept=kept)
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        numbers = derived_numbers(config, engine.world.num_processes)
+        settings = config.model_copy(update={"model": run.resolved_model})
+        folder.write_config(settings, identity=run.identity, numbers=numbers)
+        run.data.tokenizer().save_pretrained(folder.tokenizer)
+        if not is_finished(run):
+            folder.write_status("running", step=state.step)
+    tracker = open_tracker(run.folder, state, config, identity=run.identity) if writes else Tracker([])
+    with closing(tracker), stop_signals() as stop_request:
+        context = Context(run, engine, tracker, checkpoints, stop_request)
+        for stage in stages(run.schedule):
+            if state.step < stage.end:
+                state = train_stage(stage, state, context)
     if writes:
-        print(finish(job), flush=True)
+        print(finish(run), flush=True)
     engine.world.barrier()
 
 
-@dataclass(frozen=True)
-class Kept:
-    """What the stages of a run have in common."""
-
-    engine: Engine
-    tracker: Tracker
-    checkpoints: Checkpoints
-    asked: StopRequest
-
-
-def _run_stage(stage: Stage, state: State, *, job: Run, kept: Kept) -> State:
-    """Build the stage from `state`, train it to its end, and hand on what the next one needs.
+def train_stage(stage: Stage, state: State, context: Context) -> State:
+    """Build the stage from `state`, train it to its end, and return the state that the next one begins with.
 
     Raises:
-        Stopped: some rank was asked to stop. A checkpoint has been written, if there was time for one.
+        Stopped: some process was asked to stop. A checkpoint has been written, if there was time for one.
     """
-    engine, clock, begins = kept.engine, state.clock, state.stage != stage.name
-    live = build(stage, state, config=job.config, hf_config=job.hf_config, engine=engine)
+    run, engine, is_new = context.run, context.engine, state.stage != stage.name
+    live = build(stage, state, config=run.config, hf_config=run.hf_config, engine=engine)
+    # It takes weights to see whether tokens leak: this check cannot come before the model is built.
     with engine.inference(live):
-        raise_if_any(attention_problems(live.model, job.vocab_size, document_mask=job.config.data.document_mask))
-    if job.config.model.torch_compile:
+        mask = run.config.data.document_mask
+        raise_if_any(run.task.leaks(live.model, run.vocab_size, document_mask=mask))
+    if run.config.model.torch_compile:
         engine.compile(live)
     if engine.world.device.type == "cuda":
         # The peak that is logged is that of the stage: the warm start's would hide the low-rank one's.
         torch.cuda.reset_peak_memory_stats(engine.world.device)
-    arrival = _begin(stage, live, is_new=begins, job=job, kept=kept)
-    if begins:
-        arrival(clock)
+    callbacks = begin_stage(stage, live, context, is_new=is_new)
+    if is_new:
+        callbacks(state.step, state.skipped)
     else:
-        arrival.catch_up(state)
-    is_last = stage.end == job.schedule.max_steps
-    batches = _batches(job, clock, engine.world)
-    loop = Loop(
-        config=job.config,
-        schedule=job.schedule,
-        engine=engine,
-        live=live,
-        tracker=kept.tracker,
-        batches=batches,
-        arrive=arrival,
-        due=arrival.is_due,
-        asked=kept.asked,
-    )
-    with closing(batches):  # ends the processes that read ahead
-        clock, stops = loop.run(clock, until=stage.end, arrive_at_end=is_last)
-        if stops:
-            _stop(arrival, clock, kept, job)
-    return State(clock=clock, stage=stage.name) if is_last else switch(live, engine, clock)
-
-
-def _batches(job: Run, clock: Clock, processes: World) -> Generator[list[dict[str, Tensor]], None, None]:
-    training = job.config.training
-    return micro_batches(
-        job.data.samples(job.config.data, job.config.seed),
-        start=clock.samples_seen,
+        callbacks.catch_up(state)
+    training, is_last = run.config.training, stage.end == run.schedule.max_steps
+    batches = micro_batches(
+        run.data.samples(run.config.data, run.config.seed, make_batch=run.task.make_batch),
+        start=state.step * training.global_batch_size,
         global_batch_size=training.global_batch_size,
         per_device_batch_size=training.per_device_batch_size,
-        process_index=processes.process_index,
-        num_processes=processes.num_processes,
-        num_workers=job.config.data.num_workers,
-        pin_memory=processes.device.type == "cuda",
+        process_index=engine.world.process_index,
+        num_processes=engine.world.num_processes,
+        num_workers=run.config.data.num_workers,
+        pin_memory=engine.world.device.type == "cuda",
+    )
+    with closing(batches):  # ends the processes that read ahead
+        loop = Loop(
+            config=run.config,
+            schedule=run.schedule,
+            engine=engine,
+            state=live,
+            tracker=context.tracker,
+            batches=batches,
+            callbacks=callbacks,
+            stop_request=context.stop_request,
+            num_skipped=state.skipped,
+        )
+        step, stops = loop.run(state.step, until=stage.end, callbacks_at_end=is_last)
+        if stops:
+            stop(step, loop.num_skipped, callbacks, context)
+    if is_last:
+        return State(step=step, skipped=loop.num_skipped, stage=stage.name)
+    return switch(live, engine, step=step, skipped=loop.num_skipped)
+
+
+def begin_stage(stage: Stage, live: TrainState, context: Context, *, is_new: bool) -> Callbacks:
+    """Log and save the stage's starting point, and build its callbacks."""
+    run, engine, folder = context.run, context.engine, context.run.folder
+    report, is_first_process = parameter_report(live.model, engine.store.shape), engine.world.process_index == 0
+    lines = [title(stage), report.table()]
+    if stage.is_low_rank:
+        dtype = torch.bfloat16 if run.config.training.mixed_precision == "bf16" else torch.float32
+        num_tokens = run.config.training.per_device_batch_size * run.config.data.sequence_length
+        lines.append(describe_routes(live.model, num_tokens, dtype))
+    context.tracker.message("\n".join(lines))
+    if is_first_process:
+        write_json(folder.path / f"parameters_{stage.name}.json", report.as_dict())
+    if stage.is_low_rank and is_new:
+        write_stage_start(folder.stage_start, live, engine, writes=is_first_process)
+    return Callbacks(
+        run=run,
+        stage=stage,
+        engine=engine,
+        state=live,
+        tracker=context.tracker,
+        checkpoints=context.checkpoints,
+        stage_start=open_stage_start(folder.stage_start) if stage.is_low_rank and is_first_process else {},
     )
 
 
-def _stop(arrival: Callbacks, clock: Clock, kept: Kept, job: Run) -> NoReturn:
-    """End the run in order. The status is on the disk before any rank leaves: launchers then end the others."""
-    saved = arrival.stop(clock, kept.asked.seconds_left())
-    why = "asked to stop" if kept.asked.signal is None else f"{kept.asked.signal.name} came"
-    step = clock.step if saved else last_step(job.folder.checkpoints)
-    reason = f"{why}: ended after update {clock.step}; goes on from step {step}"
-    if kept.engine.world.process_index == 0:
-        job.folder.write_status("preempted", step=step, reason=reason)
+def stop(step: int, num_skipped: int, callbacks: Callbacks, context: Context) -> NoReturn:
+    """End the run in order. The status is on the disk before any process leaves: launchers then end the others."""
+    request, folder = context.stop_request, context.run.folder
+    saved = callbacks.stop(step, num_skipped, seconds_left=request.seconds_left())
+    why = "asked to stop" if request.signal is None else f"received {request.signal.name}"
+    resume_step = step if saved else last_step(folder.checkpoints)
+    reason = f"{why}: ended after update {step}; resumes from step {resume_step}"
+    if context.engine.world.process_index == 0:
+        folder.write_status("preempted", step=resume_step, reason=reason)
     raise Stopped(reason)
 
 
-def _begin(stage: Stage, live: TrainState, *, is_new: bool, job: Run, kept: Kept) -> Callbacks:
-    """Say and keep what the stage starts from, and set up its housekeeping."""
-    engine, folder = kept.engine, job.folder
-    counted = parameter_report(live.model, engine.store.shape)
-    is_first_rank = engine.world.process_index == 0
-    kept.tracker.say(f"{_title(stage)}\n{counted.table()}{_routes(live, job.config) if stage.is_low_rank else ''}")
-    if is_first_rank:
-        write_json(folder.path / f"parameters_{stage.name}.json", counted.as_dict())
-    if stage.is_low_rank and is_new:
-        write_stage_start(folder.stage_start, live, engine, writes=is_first_rank)
-    return Callbacks(
-        config=job.config,
-        schedule=job.schedule,
-        stage=stage,
-        engine=engine,
-        live=live,
-        tracker=kept.tracker,
-        data=job.data,
-        checkpoints=kept.checkpoints,
-        stage_start=open_stage_start(folder.stage_start) if stage.is_low_rank and is_first_rank else {},
-        about=job.about,
-    )
-
-
-def _rehearse(job: Run, engine: Engine, state: State) -> None:
+def rehearse(run: Run, engine: Engine, state: State) -> None:
     """Build the stage that comes next and run one forward pass."""
-    stage = next((s for s in stages(job.schedule) if state.clock.step < s.end), stages(job.schedule)[-1])
-    live = build(stage, state, config=job.config, hf_config=job.hf_config, engine=engine)
-    samples = job.data.samples(job.config.data, job.config.seed)
-    batch = samples.__getitems__(range(job.config.training.per_device_batch_size))
+    all_stages = stages(run.schedule)
+    stage = next((stage for stage in all_stages if state.step < stage.end), all_stages[-1])
+    live = build(stage, state, config=run.config, hf_config=run.hf_config, engine=engine)
+    samples = run.data.samples(run.config.data, run.config.seed, make_batch=run.task.make_batch)
+    batch = samples.__getitems__(range(run.config.training.per_device_batch_size))
     with engine.inference(live):
-        loss = engine.token_losses(live, batch).item() / max(1, num_label_tokens(batch))
+        loss = engine.loss(live, batch).item() / max(1, run.task.num_labels(batch))
     if engine.world.process_index == 0:
-        print(f"{_title(stage)}\n{parameter_report(live.model, engine.store.shape).table()}")
-        print(f"dry run: built, one forward pass, loss {loss:.4f} nats. Nothing was written to {job.folder.path}")
+        print(f"{title(stage)}\n{parameter_report(live.model, engine.store.shape).table()}")
+        print(f"dry run: built, one forward pass, loss {loss:.4f} nats. Nothing was written to {run.folder.path}")
 
 
-def _agree(job: Run, engine: Engine, state: State) -> None:
-    """UserError if the processes hold other data or settings, or would go on from another state."""
-    if not engine.world.all_equal(job.data.manifest.content_hash):
+def check_agreement(run: Run, engine: Engine, state: State) -> None:
+    """UserError if the processes hold different data or settings, or would resume from different states."""
+    if not engine.world.all_equal(run.data.manifest.content_hash):
         raise UserError(["data: the processes of this launch hold different prepared data; compare the sources"])
-    here = [job.about["fingerprint"], job.config.training.per_device_batch_size, state.stage, asdict(state.clock)]
-    if not engine.world.all_equal(json.dumps(here)):
+    settings = [run.about["fingerprint"], run.config.training.per_device_batch_size]
+    if not engine.world.all_equal(json.dumps([*settings, state.stage, state.step, state.skipped])):
         raise UserError(
             [
-                f"output_dir = {job.config.output_dir}: the processes of this launch have different settings, or see "
+                f"output_dir = {run.config.output_dir}: the processes of this launch have different settings, or see "
                 "different checkpoints; it must be one folder on a disk that all nodes share"
             ]
         )
 
 
-def _announce(job: Run, engine: Engine, state: State) -> None:
-    """The first line says what really runs; then what it will do."""
-    training = job.config.training
-    print(
-        f"relora {relora.__version__}: engine {engine.name}, world size {engine.world.num_processes}, "
-        f"device {engine.world.device}, mixed precision {training.mixed_precision}, torch {torch.__version__}"
-    )
-    print(job.data.summary())
-    numbers = derived_numbers(job.config, engine.world.num_processes)
-    print(", ".join(f"{key} {value:,}" for key, value in numbers.items()))
+def header(run: Run, engine: Engine, state: State) -> str:
+    """The engine that really runs, the data, and what the settings amount to."""
+    training, world = run.config.training, engine.world
+    numbers = derived_numbers(run.config, world.num_processes)
+    lines = [
+        f"relora {relora.__version__}: engine {engine.name}, {world.num_processes} "
+        f"{'process' if world.num_processes == 1 else 'processes'}, device {world.device}, "
+        f"mixed precision {training.mixed_precision}, torch {torch.__version__}",
+        run.data.summary(),
+        ", ".join(f"{key} {value:,}" for key, value in numbers.items()),
+    ]
     if training.method == "full":
-        print("training.method = full: the settings of relora and lora are not used")
+        lines.append("training.method = full: the settings of relora and lora are not used")
     if state.stage is not None:
-        print(f"going on from step {state.clock.step}, sample {state.clock.samples_seen}")
+        lines.append(f"resuming from step {state.step}")
+    return "\n".join(lines)
 
 
-def _open_folder(job: Run, engine: Engine, state: State) -> None:
-    job.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    numbers = derived_numbers(job.config, engine.world.num_processes)
-    settings = job.config.model_copy(update={"model": job.resolved_model})
-    job.folder.write_config(settings, identity=job.identity, numbers=numbers)
-    job.data.tokenizer().save_pretrained(job.folder.tokenizer)
-    if not is_finished(job):
-        job.folder.write_status("running", step=state.clock.step)
-
-
-def _routes(live: TrainState, config: Config) -> str:
-    dtype = torch.bfloat16 if config.training.mixed_precision == "bf16" else torch.float32
-    num_tokens = config.training.per_device_batch_size * config.data.sequence_length
-    return "\n" + describe_routes(live.model, num_tokens, dtype)
-
-
-def _title(stage: Stage) -> str:
+def title(stage: Stage) -> str:
+    """The heading of a stage on the screen."""
     return f"stage {stage.name}: {'low' if stage.is_low_rank else 'full'}-rank to step {stage.end}"
 
 
 @contextmanager
-def _reason_in_status(folder: RunFolder, *, ours: bool) -> Iterator[None]:
-    """Write why a run failed to its status.json, but never into a folder that is not `ours`."""
+def failure_in_status(folder: RunFolder, *, owned: bool) -> Iterator[None]:
+    """Write the reason of a failure to the run's status.json, but never into a folder that is not `owned`."""
     try:
         yield
     except Stopped:
-        raise  # in order: it says so itself
+        raise  # in order: its status is written already
     except BaseException as error:
-        if ours and is_first():
-            # A disk that cannot be written to may be the very reason; the error itself says more.
+        if owned and is_first():
+            # A disk that cannot be written to may be the very reason; the error itself is more important.
             with suppress(OSError):
                 folder.write_status("failed", step=folder.last_step(), reason=str(error) or type(error).__name__)
         raise
-
-
-def _quiet_libraries() -> None:
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
