@@ -1,9 +1,8 @@
-"""How often a run makes the host wait for the device: as often as it reads a number that was computed there."""
+"""How often a run makes the host wait for the device: only where somebody needs the newest numbers."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,36 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from relora.config import check
-from relora.engines import base as torch_engine
+from relora.engines.base import Engine
 from relora.files import sha256_of
-from relora.train import loop
-from relora.train.loop import Loop
-from relora.train.run import open_run
+from relora.model.tasks import CausalLM
+from relora.train.loop import Loop, NotFiniteError
+from relora.train.preflight import preflight
 from relora.train.train import train
-from tests.helpers.tiny import metrics
+from tests.helpers.tiny import metrics, only
 
 NUM_MICRO_BATCHES = 2
-BATCH, BAD = 8, (3, 13, 14)  # samples of an update; the updates, counted by their batches, whose loss is not finite
-# What hides behind item(), bool(), float(), int() and what has a shape that depends on values.
+BATCH, BAD = 8, (3, 8, 13)  # samples of an update; the updates whose loss is not finite
+# The operators behind item(), bool(), float(), int() and everything whose shape depends on values.
 READERS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2")
 
 
 @dataclass
 class Reads:
-    """Reads of the updates of a run, one entry an update; those within forward passes, and those of results, apart."""
+    """Reads of device values within the updates of a run, one entry an update, those of forward passes apart.
 
-    ours: list[int] = field(default_factory=list)
-    results: list[int] = field(default_factory=list)
+    Attributes:
+        events: ("update", step) and ("read", step) in the order in which they happened.
+    """
+
+    update: list[int] = field(default_factory=list)
     forward: list[int] = field(default_factory=list)
+    events: list[tuple[str, int]] = field(default_factory=list)
     is_update: bool = False
     is_forward: bool = False
 
     def add(self) -> None:
-        (self.forward if self.is_forward else self.ours)[-1] += 1
+        (self.forward if self.is_forward else self.update)[-1] += 1
 
 
 class Counting(TorchDispatchMode):
@@ -52,35 +55,33 @@ class Counting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.fixture(autouse=True)
-def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU can queue as well, though it gains nothing."""
-    monkeypatch.setattr(torch_engine, "IMMEDIATE", ())
-
-
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
-    """Filled by whatever run comes next."""
-    reads, update = Reads(), Loop._update
-    read = loop.read
-    num_label_tokens, token_losses, tolist = torch_engine.num_label_tokens, torch_engine.token_losses, Tensor.tolist
+    """Filled by the run that comes next."""
+    reads, update, read = Reads(), Engine.update, Loop.read
+    loss, num_labels, tolist = CausalLM.loss, CausalLM.num_labels, Tensor.tolist
 
     def counted_update(*args: Any, **kwargs: Any) -> Any:
-        reads.ours.append(0)
+        reads.update.append(0)
         reads.forward.append(0)
+        reads.events.append(("update", len(reads.update)))
         reads.is_update = True
         with Counting(reads):
             done = update(*args, **kwargs)
         reads.is_update = False
         return done
 
-    def on_the_host(batch: Any) -> int:
+    def counted_read(loop: Loop, step: int, result: Any) -> Any:
+        reads.events.append(("read", step))
+        return read(loop, step, result)
+
+    def on_the_host(*args: Any) -> int:
         with _disable_current_modes():  # the batch has not been sent to the device yet
-            return num_label_tokens(batch)
+            return num_labels(*args)
 
     def forward(*args: Any) -> Tensor:
         reads.is_forward = True
-        losses = token_losses(*args)
+        losses = loss(*args)
         reads.is_forward = False
         return losses
 
@@ -89,97 +90,93 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
             reads.add()
         return tolist(tensor)
 
-    def counted_results(queued: Any) -> Any:
-        reads.results.append(len(queued))
-        return read(queued)
-
-    monkeypatch.setattr(Loop, "_update", counted_update)
-    monkeypatch.setattr(loop, "read", counted_results)
-    monkeypatch.setattr(torch_engine, "num_label_tokens", on_the_host)
-    monkeypatch.setattr(torch_engine, "token_losses", forward)
+    monkeypatch.setattr(Engine, "update", counted_update)
+    monkeypatch.setattr(Loop, "read", counted_read)
+    monkeypatch.setattr(CausalLM, "num_labels", on_the_host)
+    monkeypatch.setattr(CausalLM, "loss", forward)
     monkeypatch.setattr(Tensor, "tolist", counted_tolist)
     return reads
 
 
-def settings_of(tiny_run: Callable[..., dict[str, Any]], name: str, **overrides: Any) -> dict[str, Any]:
+def settings_of(tiny_run: Callable[..., dict[str, Any]], name: str, **training: Any) -> dict[str, Any]:
     """A warm start of 4 updates, restarts at 9 and 14, 16 updates."""
-    training = {
-        "max_steps": 16,
-        "global_batch_size": BATCH,
-        "per_device_batch_size": BATCH // NUM_MICRO_BATCHES,
-        "mixed_precision": "bf16",
-        "eval_steps": 100,
-        "save_steps": 100,
-        "logging_steps": 3,
-    }
+    lengths = {"max_steps": 16, "global_batch_size": BATCH, "per_device_batch_size": BATCH // NUM_MICRO_BATCHES}
+    intervals = {"eval_steps": 100, "save_steps": 100, "logging_steps": 3}
     relora = {"restart_every": 5, "warm_start_steps": 4}
-    return tiny_run(name, optim__name="adamw_fused", relora=relora, training=training | overrides)
+    return tiny_run(name, relora=relora, training={"mixed_precision": "bf16", **lengths, **intervals, **training})
 
 
 @pytest.mark.parametrize("document_mask", [False, True])
-def test_a_run_waits_only_where_something_is_told_or_due(
+def test_results_are_read_one_update_late_but_where_somebody_needs_them(
     tiny_run: Callable[..., dict[str, Any]], reads: Reads, document_mask: bool
 ) -> None:
     train(check(settings_of(tiny_run, "run") | {"data": tiny_run()["data"] | {"document_mask": document_mask}}))
-    assert reads.ours == [0] * 16
-    looks = [3, 4, 6, 9, 12, 14, 15, 16]  # 3, 6, .. are logged, 4 is the switch, 9 and 14 are restarts, 16 is the end
-    assert list(accumulate(reads.results)) == looks
+    assert reads.update == [0] * 16, "the default optimizer decides on the device whether it writes"
+    # 3, 6, .. are logged, 4 is the switch, 9 and 14 are restarts, 16 is the end.
+    at_once = {3, 4, 6, 9, 12, 14, 15, 16}
+    for step in range(1, 17):
+        place = reads.events.index(("read", step))
+        newest = max(number for kind, number in reads.events[:place] if kind == "update")
+        assert newest == (step if step in at_once else step + 1)
     # transformers looks at the positions of a batch, to see whether documents are packed.
     assert max(reads.forward) <= NUM_MICRO_BATCHES
 
 
-@pytest.mark.parametrize(("name", "immediate"), [("adamw", ()), ("adamw_fused", ("cpu",))])
-def test_else_every_update_is_looked_at(
-    tiny_run: Callable[..., dict[str, Any]], reads: Reads, monkeypatch: pytest.MonkeyPatch, name: str, immediate: Any
+def test_an_optimizer_that_cannot_be_told_on_the_device_is_asked_before_it_steps(
+    tiny_run: Callable[..., dict[str, Any]], reads: Reads
 ) -> None:
-    monkeypatch.setattr(torch_engine, "IMMEDIATE", immediate)
     tree = settings_of(tiny_run, "run", max_steps=6)
-    train(check(tree | {"optim": tree["optim"] | {"name": name}}))
-    assert reads.results == [1] * 6
+    train(check(tree | {"optim": tree["optim"] | {"name": "adamw"}}))
+    assert reads.update == [1] * 6
 
 
-def test_no_more_wait_in_memory_than_allowed(
-    tiny_run: Callable[..., dict[str, Any]], reads: Reads, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "MOST_QUEUED", 2)
-    train(check(settings_of(tiny_run, "run", logging_steps=100)))
-    assert list(accumulate(reads.results)) == [2, 4, 6, 8, 9, 11, 13, 14, 16]
+def poison(monkeypatch: pytest.MonkeyPatch, tree: dict[str, Any], bad: tuple[int, ...]) -> None:
+    """Make the loss of the updates `bad`, counted from 1, NaN in training."""
+    run, loss = preflight(check(tree)), CausalLM.loss
+    samples = run.data.samples(run.config.data, run.config.seed)
+    bad_ids = torch.stack([samples[BATCH * (update - 1) + 1]["input_ids"] for update in bad])
 
-
-@pytest.mark.parametrize("logging_steps", [3, 100])
-def test_a_bad_batch_changes_nothing_for_updates_that_are_queued(
-    tiny_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, logging_steps: int
-) -> None:
-    token_losses = torch_engine.token_losses
-    samples = open_run(check(settings_of(tiny_run, "one"))).data.samples(check(settings_of(tiny_run, "one")).data, 0)
-    bad_ids = torch.stack([samples[BATCH * number + 1]["input_ids"] for number in BAD])
-
-    def poisoned(model: Any, batch: Any) -> Tensor:
+    def poisoned(task: CausalLM, model: Any, batch: Any) -> Tensor:
         is_bad = (batch["input_ids"][:, None] == bad_ids).all(-1).any()
-        losses: Tensor = token_losses(model, batch)
+        losses = loss(task, model, batch)
         return losses * math.nan if model.training and is_bad else losses
 
-    monkeypatch.setattr(torch_engine, "token_losses", poisoned)
-    one, many = (
-        settings_of(tiny_run, "one", logging_steps=1),
-        settings_of(tiny_run, "many", logging_steps=logging_steps),
-    )
-    for tree in (one, many):
+    monkeypatch.setattr(CausalLM, "loss", poisoned)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_fused", "adamw"])
+def test_a_bad_batch_counts_as_a_step_and_changes_nothing(
+    tiny_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    trees = [settings_of(tiny_run, name, logging_steps=every) for name, every in (("each", 1), ("few", 3), ("end", 99))]
+    poison(monkeypatch, trees[0], BAD)
+    for tree in trees:
+        train(check(tree | {"optim": tree["optim"] | {"name": optimizer}}))
+    each, few, end = (metrics(tree["output_dir"]) for tree in trees)
+    assert sorted(only(each, "loss")) == [step for step in range(1, 17) if step not in BAD]
+    assert only(each, "skipped")[16] == only(few, "skipped")[15] == only(end, "skipped")[16] == len(BAD)
+    assert only(each, "samples_seen")[16] == 16 * BATCH
+    assert only(few, "loss") == {step: loss for step, loss in only(each, "loss").items() if step in (6, 9, 12, 15, 16)}
+    assert only(each, "learning_rate")[4] > only(each, "learning_rate")[2], "the schedule goes by the step"
+    files = [Path(tree["output_dir"], "final", "model.safetensors") for tree in trees]
+    assert len({sha256_of(file) for file in files}) == 1
+
+
+def test_ten_bad_batches_in_a_row_stop_the_run(
+    tiny_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = settings_of(tiny_run, "run", logging_steps=100)
+    poison(monkeypatch, tree, tuple(range(5, 15)))
+    with pytest.raises(NotFiniteError, match="step 14: .* 10 in a row, so the run stops. No skipped batch has changed"):
         train(check(tree))
-    [looked_at, queued] = [metrics(tree["output_dir"]) for tree in (one, many)]
-    assert max(line.get("samples_seen", 0) for line in looked_at) > BATCH * (16 + len(BAD)), "they come again"
-    logged = {line["step"] for line in queued if "loss" in line}
-    assert queued == [line for line in looked_at if "loss" not in line or line["step"] in logged]
-    final = [Path(tree["output_dir"], "final", "model.safetensors") for tree in (one, many)]
-    assert sha256_of(final[0]) == sha256_of(final[1])
 
 
 def test_a_read_would_be_seen(reads: Reads) -> None:
-    reads.ours.append(0)
+    reads.update.append(0)
     reads.is_update = True
     with Counting(reads):
         numbers = torch.arange(3.0)
         assert numbers.sum().item() + float(numbers[1]) > 0
         assert numbers.isfinite().all()
         assert numbers.tolist() and len(numbers.nonzero()) == 2
-    assert reads.ours == [5]
+    assert reads.update == [5]

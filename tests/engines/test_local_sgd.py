@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from relora.checkpoint.load import open_checkpoint, open_shares
 from relora.config import UserError, check
-from relora.engines.outer import OuterOptimizer
+from relora.engines.local_sgd import OuterOptimizer
 from relora.train.train import train
 from tests.checkpoint.test_resume import stopped
 from tests.helpers.launch import accelerate, written
@@ -92,7 +92,7 @@ def test_goes_on_exactly_between_two_meetings(run: Path, tmp_path: Path) -> None
 
 def test_another_number_of_processes_goes_on_from_a_meeting_only(run: Path, tmp_path: Path) -> None:
     tree = settings_of(run)
-    with pytest.raises(UserError, match="holds what 2 processes trained apart since the last restart"):
+    with pytest.raises(UserError, match="holds the state of 2 processes that have trained apart since the last restart"):
         train(check(stopped(tree, EVERY + 3, tmp_path / "between")))
     train(check(stopped(tree, EVERY, tmp_path / "meeting")))
     theirs = only(metrics(tmp_path / "meeting"), "eval_loss")

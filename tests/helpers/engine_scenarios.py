@@ -1,6 +1,6 @@
 """A program for two processes under `accelerate launch`: what can go wrong inside an engine, scenario by scenario.
 
-Each rank prints one JSON line a scenario; test_engine_trials.py says what they must be. A tiny Llama trains in
+Each rank prints one JSON line a scenario; test_engine_scenarios.py says what they must be. A tiny Llama trains in
 full, is handed over to its low-rank stage, and restarts there; what it must come to is computed beside it in
 plain torch, by each rank alone.
 """
@@ -26,16 +26,15 @@ from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora import LoRAConfig, build_optimizer, inject_lora, restart
-from relora.checkpoint.state import Held
-from relora.checkpoint.weights import Handover, load_weights
-from relora.engines import Batch, Engine, TrainState, Update, connect, read
-from relora.engines import base as torch_engine
+from relora.checkpoint.state import InMemoryWeights
+from relora.checkpoint.weights import ModelWeights, load_weights
+from relora.data import Batch
+from relora.engines import Engine, TrainState, Update, connect
 from relora.method.lora import lora_layers
 from relora.method.merged_cache import MergedWeightCache
 from relora.method.names import named_parameters
 from relora.method.store import Shard
-from relora.model.model import num_label_tokens, token_losses
-from relora.train.callbacks import checksum
+from relora.model.tasks import CausalLM
 from tests.helpers.tiny import MODEL, config
 
 BETA1, CLIP, RANKS, MICRO_BATCHES = 0.9, 1.0, 2, 2
@@ -46,6 +45,7 @@ PRUNINGS = ("keep", "magnitude", "random")
 # Where parameters are sharded, W + delta is not kept, whatever is asked for.
 LORA = LoRAConfig(r=4, lora_alpha=8, modules_to_save="rest", forward="merged", keep_merged=True)
 Tensors = dict[str, Tensor]
+TASK = CausalLM()
 
 
 def main() -> None:
@@ -82,8 +82,7 @@ def main() -> None:
 
     engine.release(live)
     if not engine.name.startswith("DeepSpeed"):
-        with patch.object(torch_engine, "IMMEDIATE", ()):
-            tell("queued", **queued(engine, expected["switch"]))
+        tell("unread", **unread(engine, expected["switch"]))
     with patch("relora.engines.World", return_value=engine.world):  # they have joined already
         tell("bf16", **bf16(expected["before restart"]))
     engine.world.close()
@@ -127,9 +126,9 @@ def micro_batches(update: int, rank: int) -> list[Batch]:
 
 def backward(model: nn.Module, update: int, rank: int) -> None:
     """Gradients of one rank's share of an update, on top of what is there."""
-    num_labels = sum(num_label_tokens(batch) for r in range(RANKS) for batch in micro_batches(update, r))
+    num_labels = sum(TASK.num_labels(batch) for r in range(RANKS) for batch in micro_batches(update, r))
     for batch in micro_batches(update, rank):
-        torch.autograd.backward(token_losses(model, batch) / num_labels)
+        torch.autograd.backward(TASK.loss(model, batch) / num_labels)
 
 
 def reference() -> dict[str, Tensors]:
@@ -174,19 +173,18 @@ def begin(
     model = plain_model(low_rank=low_rank)
     drawn = {name: p.detach().clone() for name, p in named_parameters(model).items()}
     live = engine.prepare(model, optimizer)
-    load_weights(live.model, Held(dict(values or drawn)), engine.store)
+    load_weights(live.model, InMemoryWeights(dict(values or drawn)), engine.store)
     return live
 
 
 def one_update(engine: Engine, live: TrainState, number: int) -> Update:
-    [update] = read([engine.update(live, micro_batches(number, engine.world.process_index), seeds=[0, 0], stop=False)])
-    return update
+    return engine.update(live, micro_batches(number, engine.world.process_index), seeds=[0, 0], stop=False)
 
 
 def updates(engine: Engine, live: TrainState, numbers: Sequence[int]) -> None:
     for number in numbers:
         update = one_update(engine, live, number)
-        assert update.applied, f"update {number}: loss {update.loss}, norm {update.grad_norm}"
+        assert not update.skipped, f"update {number}: loss {update.loss}, norm {update.grad_norm}"
 
 
 def restart_and_go_on(engine: Engine, live: TrainState, **how: Any) -> None:
@@ -217,7 +215,7 @@ def moments_of(engine: Engine, live: TrainState, parameter: nn.Parameter) -> Ten
 def put_back(engine: Engine, live: TrainState, saved: dict[str, Any]) -> None:
     """Go on from a snapshot, as a resume does."""
     parameters = named_parameters(live.model)
-    load_weights(live.model, Held(dict(saved["weights"])), engine.store)
+    load_weights(live.model, InMemoryWeights(dict(saved["weights"])), engine.store)
     for key, values in saved["slots"].items():
         name, _, slot = key.rpartition(":")
         engine.store.write_slot(live.optimizer, parameters[name], slot, values)
@@ -259,12 +257,12 @@ def through_the_switch(engine: Engine, expected: Tensors) -> tuple[TrainState, d
     state = [values for p in full.model.parameters() for values in only_for_training(engine, full.optimizer, p)]
     shown = [next(iter(engine.store.local_copies(p).values())).values for p in full.model.parameters()]
     old_state, old_weights = ([StorageWeakRef(values.untyped_storage()) for values in held] for held in (state, shown))
-    old_objects = [weakref.ref(thing) for thing in (full.model, full.wrapped, full.optimizer)]
+    old_objects = [weakref.ref(thing) for thing in (full.model, full.parallel_model, full.optimizer)]
     del state, shown
 
     engine.release(full)
     still = weights_of(engine, full)
-    handover = Handover(full.model, engine.store)
+    handover = ModelWeights(full.model, engine.store)
     del full
     gc.collect()
     num_state_left = sum(not there.expired() for there in old_state)
@@ -288,8 +286,8 @@ def only_for_training(engine: Engine, optimizer: Optimizer, parameter: nn.Parame
     """Moments, and masters beside what the model shows, where they rest."""
     store: Any = engine.store
     masters = [part.values for part in list(store.local_copies(parameter).values())[1:]]
-    if hasattr(store, "slot_parts"):
-        return [*masters, *(part.values for part in store.slot_parts(optimizer, parameter).values())]
+    if hasattr(store, "slot_shards"):
+        return [*masters, *(part.values for part in store.slot_shards(optimizer, parameter).values())]
     return [*masters, *(store.read_slot(optimizer, parameter, slot) for slot in store.slots(optimizer, parameter))]
 
 
@@ -320,29 +318,28 @@ def bad_update(engine: Engine, live: TrainState, change: Callable[[Tensor], Tens
         update = one_update(engine, live, BAD)
     after = snapshot(engine, live)
     return {
-        "applied": update.applied,
-        "loss": str(update.loss),
+        "skipped": update.skipped.item(),
+        "loss": str(update.loss.item()),
         "weights_off": largest_difference(after["weights"], before["weights"]),
         "slots_off": largest_difference(after["slots"], before["slots"]),
         "steps_equal": after["steps"] == before["steps"],
     }
 
 
-def queued(engine: Engine, start: Tensors) -> dict[str, Any]:
-    """A good update, a bad one and another good one behind it, all asked for before anything is read."""
+def unread(engine: Engine, start: Tensors) -> dict[str, Any]:
+    """A good update, a bad one and another good one, none of which the host looks at before all are asked for."""
     live = begin(engine, low_rank=True, values=start, optimizer=partial(optimizer_of, name="adamw_fused"))
     ask = partial(engine.update, live, seeds=[0, 0], stop=False)
-    asked = [ask(micro_batches(0, engine.world.process_index))]
+    results = [ask(micro_batches(0, engine.world.process_index))]
     before = snapshot(engine, live)
     with hooked(engine, live, only_loss_infinite):
-        asked.append(ask(micro_batches(BAD, engine.world.process_index), after=asked[-1]))
-    asked.append(ask(micro_batches(1, engine.world.process_index), after=asked[-1]))
+        results.append(ask(micro_batches(BAD, engine.world.process_index)))
     after = snapshot(engine, live)
-    updates(engine, live, (1,))
+    results.append(ask(micro_batches(1, engine.world.process_index)))
     end = weights_of(engine, live)
-    told = {"queues": engine.queues(live), "applied": [update.applied for update in read(asked)]}
+    measured = {"on_device": live.skips_on_device, "skipped": [result.skipped.item() for result in results]}
     engine.release(live)
-    return told | {
+    return measured | {
         "first_moved": largest_difference(before["weights"], start),
         "weights_off": largest_difference(after["weights"], before["weights"]),
         "slots_off": largest_difference(after["slots"], before["slots"]),
@@ -374,23 +371,23 @@ def controls(engine: Engine, live: TrainState) -> dict[str, Callable[[], None]]:
     }
     found |= {f"stale {name}": wrong("write", stale(store, name)) for name in names}
     if len(names) > 1:
-        found["only what the model shows"] = wrong("copies", first_copy_only(store))
+        found["only what the model shows"] = wrong("local_copies", first_copy_only(store))
     if store.local_copies(layer.weight)[names[0]].values.numel() < store.shape(layer.weight).numel():
-        found["a part one row off"] = wrong("in_use", one_row_off(store, engine.world.process_index))
+        found["a part one row off"] = wrong("local", one_row_off(store, engine.world.process_index))
     return found
 
 
 def first_copy_only(store: Any) -> Callable[[nn.Parameter], Mapping[str, Shard]]:
-    copies = store.copies
+    copies = store.local_copies
     return lambda parameter: dict([next(iter(copies(parameter).items()))])
 
 
 def one_row_off(store: Any, rank: int) -> Callable[[nn.Parameter], Shard]:
     """Rank 1 takes the part of a frozen weight that it holds for the one that begins a row earlier."""
-    in_use = store.in_use
+    local = store.local
 
     def shifted(parameter: nn.Parameter) -> Shard:
-        part: Shard = in_use(parameter)
+        part: Shard = local(parameter)
         if parameter.requires_grad or rank == 0:
             return part
         return replace(part, start=part.start - store.shape(parameter)[1])
@@ -426,13 +423,13 @@ def checksums(engine: Engine, live: TrainState) -> dict[str, bool]:
     def agree_with(name: str) -> bool:
         shown = next(iter(engine.store.local_copies(parameters[name]).values())).values
         shown.view(-1)[:1] += engine.world.process_index
-        agreed = all_equal(checksum(live.model, engine))
+        agreed = all_equal(engine.checksum(live))
         shown.view(-1)[:1] -= engine.world.process_index
         return agreed
 
     layer = "model.layers.1.mlp.up_proj"
     names = {"W": f"{layer}.weight", "A": f"{layer}.lora_A", "B": f"{layer}.lora_B", "norm": "model.norm.weight"}
-    unchanged = all_equal(checksum(live.model, engine))
+    unchanged = all_equal(engine.checksum(live))
     return {"unchanged": unchanged} | {kind: agree_with(name) for kind, name in names.items()}
 
 
