@@ -1,10 +1,14 @@
 """Pretrain, and continue to train, transformer language models with ReLoRA (arXiv 2307.05695)."""
 
-from relora.method.inject import inject_lora, merge_lora
-from relora.method.lora import LoRAConfig
-from relora.method.optimizer import build_optimizer
-from relora.method.restart import RestartReport, restart
-from relora.method.schedule import lr_multiplier
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from relora.method.inject import inject_lora, merge_lora
+    from relora.method.lora import LoRAConfig
+    from relora.method.optimizer import build_optimizer
+    from relora.method.restart import RestartReport, restart
+    from relora.method.schedule import lr_multiplier
 
 __all__ = [
     "LoRAConfig",
@@ -16,3 +20,19 @@ __all__ = [
     "restart",
 ]
 __version__ = "0.1.0"
+_MODULES = {
+    "LoRAConfig": "relora.method.lora",
+    "RestartReport": "relora.method.restart",
+    "build_optimizer": "relora.method.optimizer",
+    "inject_lora": "relora.method.inject",
+    "lr_multiplier": "relora.method.schedule",
+    "merge_lora": "relora.method.inject",
+    "restart": "relora.method.restart",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for (PEP 562): `import relora` alone loads no torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
