@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 after a mistake of the user, 143 if the run was asked to stop."""
     options = _parse(_parser(), arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # A `module:attribute` in a config may be a file beside it; `python -m relora` finds it by itself, a script does not.
+    # `module:attribute` in a config may be a file in the working folder, which `python -m relora` alone finds.
     if not {str(Path.cwd()), ""} & set(sys.path):
         sys.path.insert(0, str(Path.cwd()))
     try:

@@ -10,7 +10,8 @@ from relora.checkpoint.run_folder import RunFolder
 from relora.checkpoint.weights import merged_model
 from relora.config import Config, UserError, load_config
 from relora.config.derived import lora_config
-from relora.model.model import load_hf_config, looks_like_a_path, refusal
+from relora.files import looks_like_a_path
+from relora.model.model import load_hf_config, refusal
 
 
 def load(run_or_model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

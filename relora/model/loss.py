@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-IGNORED_LABEL = -100
+from relora.data.batches import IGNORED_LABEL
+
 # Of the logits that are in float32 at a time: 32 MiB, some hundred rows of a usual vocabulary.
 CHUNK_NUMBERS = 2**23
 

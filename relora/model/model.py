@@ -16,7 +16,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, Pretr
 from transformers.initialization import no_init_weights
 
 from relora.config import DataSection, ModelSection, UserError, raise_if_any
-from relora.model.loss import IGNORED_LABEL, summed_cross_entropy
+from relora.data.batches import IGNORED_LABEL
+from relora.files import looks_like_a_path
+from relora.model.loss import summed_cross_entropy
 
 # Inductor leaves rows that begin at cache lines to GPUs, though a CPU's products need them too (as `product`).
 COMPILE_OPTIONS = {"disable_padding_cpu": False}
@@ -194,11 +196,6 @@ def _pretrained_config(section: ModelSection) -> PretrainedConfig:
     if path.is_dir() and not any(match for pattern in ("*.safetensors*", "*.bin*") for match in path.glob(pattern)):
         raise UserError([f"{said_of(section)}: the folder holds no weights (model.safetensors)"])
     return config
-
-
-def looks_like_a_path(name: str) -> bool:
-    """Whether this cannot be a hub id, which would be asked for over the network."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _config_from_scratch(section: ModelSection) -> PretrainedConfig:

@@ -15,9 +15,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from types import FrameType
 
-from relora.errors import EXIT_STOPPED, Stopped
-
-__all__ = ["EXIT_STOPPED", "Stopped", "StopRequest", "stop_signals"]
+from relora.errors import EXIT_STOPPED
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Ctrl-C reaches the ranks from the terminal and again from their launcher: that is one request.

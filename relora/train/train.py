@@ -20,6 +20,7 @@ from relora.config import Config, UserError, raise_if_any
 from relora.config.derived import derived_numbers
 from relora.data import micro_batches
 from relora.engines import Engine, TrainState, World, connect, is_first
+from relora.errors import Stopped
 from relora.files import write_json
 from relora.method.parameter_report import describe_routes, parameter_report
 from relora.model.model import attention_problems, num_label_tokens
@@ -28,7 +29,7 @@ from relora.train.callbacks import Callbacks
 from relora.train.finish import finish, is_finished
 from relora.train.loop import Loop
 from relora.train.run import Run, newest_state, open_run
-from relora.train.signals import Stopped, StopRequest, stop_signals
+from relora.train.signals import StopRequest, stop_signals
 from relora.train.stages import Stage, build, stages, switch
 
 
