@@ -210,6 +210,11 @@ class TrainingSection(Section):
         description="peak of one device in TFLOP/s, for `mfu` in the metrics; null: by the name of the GPU, if known",
         json_schema_extra=HOW,
     )
+    report_to: Annotated[tuple[Name, ...], Field(strict=False)] = Field(
+        ("tensorboard",),
+        description="where metrics go beside metrics.jsonl: tensorboard",
+        json_schema_extra=HOW,
+    )
     probe_steps: CountFromZero = Field(
         0,
         description="updates after a restart that are each followed by the loss on one fixed held-out batch",

@@ -147,7 +147,7 @@ class Callbacks:
         )
         loss = held_out_loss(self.live, self.engine, batches)
         self.tracker.line({"step": step, "eval_loss": loss, "eval_perplexity": perplexity(loss)})
-        self.tracker.say(f"step {step}: held-out loss {loss:.4f} nats, perplexity {perplexity(loss):.2f}")
+        self.tracker.log(f"step {step}: held-out loss {loss:.4f} nats, perplexity {perplexity(loss):.2f}")
         self._sample(step)
         if self.stage.is_low_rank and step == self.schedule.max_steps:
             self.tracker.spectra(self._spectra(), step)

@@ -16,7 +16,7 @@ from relora.config import Config
 from relora.engines import Batch, Engine, Queued, TrainState, Update, read
 from relora.method.optimizer import set_learning_rate
 from relora.method.schedule import Schedule
-from relora.tracking.throughput import Meter, peak_memory_bytes
+from relora.tracking.throughput import Meter
 from relora.tracking.tracker import Tracker
 from relora.train.signals import StopRequest
 
@@ -68,7 +68,6 @@ class Loop:
             end = clock.step + 1 if skipped else self._next_look(clock.step, until)
             taken, queued = self._queue(clock, unused, meter, end=end)
             updates = read(queued)
-            meter.waited(len(updates))
             for update in updates:
                 clock, skipped = self._count(clock, update, skipped)
             unused.extendleft(reversed(taken[len(updates) :]))
@@ -78,8 +77,8 @@ class Loop:
             if queued[-1].stop and clock.step < until:
                 return clock, True
             if clock.step < until or arrive_at_end:
-                self.arrive(clock)
-                meter.restart_clock()
+                with meter.pause():
+                    self.arrive(clock)
         return clock, False
 
     def _next_look(self, step: int, until: int) -> int:
@@ -97,7 +96,7 @@ class Loop:
         taken, queued = list[Sequence[Batch]](), list[Queued]()
         while clock.step < end and not (queued and queued[-1].stop):
             taken.append(unused.popleft() if unused else next(self.batches))
-            with meter.measured(len(taken[-1])):
+            with meter.measure(len(taken[-1])):
                 queued.append(self._update(clock, taken[-1], after=queued[-1] if queued else None))
             clock = clock.applied(self._num_samples)
         return taken, queued
@@ -134,9 +133,7 @@ class Loop:
             "loss": update.loss,
             "learning_rate": self.schedule.rate(clock.step - 1),
             "grad_norm": update.grad_norm,
-            **meter.speed(),
-            "peak_memory_bytes": peak_memory_bytes(self.engine.world.device),
-            **meter.bytes_sent(),
+            **meter.fields(),
         }
         self.tracker.line(line)
         self.tracker.progress(
@@ -152,7 +149,7 @@ class Loop:
             f"step {clock.step}: the batch ending at sample {clock.samples_seen} was skipped, its loss is "
             f"{update.loss} and its gradient norm {update.grad_norm}"
         )
-        self.tracker.say(told)
+        self.tracker.log(told)
         if skipped >= MAX_SKIPPED_IN_A_ROW:
             raise NotFiniteError(
                 f"{told}; that is {skipped} in a row, so the run stops. No skipped batch has changed the model; try a "

@@ -24,7 +24,7 @@ from relora.errors import Stopped
 from relora.files import write_json
 from relora.method.parameter_report import describe_routes, parameter_report
 from relora.model.model import attention_problems, num_label_tokens
-from relora.tracking.tracker import RunTracker, SilentTracker, Tracker
+from relora.tracking.tracker import SinkContext, Tracker, open_tracker
 from relora.train.callbacks import Callbacks
 from relora.train.finish import finish, is_finished
 from relora.train.loop import Loop
@@ -82,9 +82,14 @@ def run(job: Run, engine: Engine, state: State) -> None:
     if writes:
         checkpoints.remove_leftovers()
         _open_folder(job, engine, state)
-    tracker: Tracker = (
-        RunTracker(job.folder, state, total=job.schedule.max_steps, hparams=job.identity) if writes else SilentTracker()
+    context = SinkContext(
+        folder=job.folder.path,
+        start_step=None if state.stage is None else state.clock.step,
+        cycle=state.cycle,
+        total_steps=job.schedule.max_steps,
+        hparams=job.identity,
     )
+    tracker = open_tracker(context, training.report_to) if writes else Tracker([])
     with closing(tracker), stop_signals() as asked:
         kept = Kept(engine, tracker, checkpoints, asked)
         for stage in stages(job.schedule):
@@ -175,7 +180,7 @@ def _begin(stage: Stage, live: TrainState, *, is_new: bool, job: Run, kept: Kept
     engine, folder = kept.engine, job.folder
     counted = parameter_report(live.model, engine.store.shape)
     is_first_rank = engine.world.process_index == 0
-    kept.tracker.say(f"{_title(stage)}\n{counted.table()}{_routes(live, job.config) if stage.is_low_rank else ''}")
+    kept.tracker.log(f"{_title(stage)}\n{counted.table()}{_routes(live, job.config) if stage.is_low_rank else ''}")
     if is_first_rank:
         write_json(folder.path / f"parameters_{stage.name}.json", counted.as_dict())
     if stage.is_low_rank and is_new:
