@@ -1,20 +1,28 @@
-"""Commands -> functions, nothing else."""
+"""Commands -> functions, nothing else.
+
+Each command is imported when it runs: `relora --help` and a mistake in a config load no torch.
+"""
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from relora.config import Config, UserError, load_config
-from relora.train.signals import EXIT_STOPPED, Stopped
-
-EXIT_USER_ERROR = 2
+import relora
+from relora.config import Config, load_config
+from relora.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 after a mistake of the user, 143 if the run was asked to stop."""
-    options = _read(_parser(), arguments)
+    options = _parse(_parser(), arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # `module:attribute` in a config may be a file in the working folder, which `python -m relora` alone finds.
+    if not {str(Path.cwd()), ""} & set(sys.path):
+        sys.path.insert(0, str(Path.cwd()))
     try:
         options.run(options)
     except UserError as error:
@@ -27,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _read(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options of a command; overrides may stand before and after flags, which argparse alone refuses."""
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command; overrides may stand before and after flags, which argparse alone refuses."""
     options, rest = parser.parse_known_args(arguments)
     if any(word.startswith("-") for word in rest) or (rest and "overrides" not in options):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -38,68 +46,42 @@ def _read(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> a
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="relora", description="Train language models with ReLoRA.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    prepare = _with_config(commands.add_parser("prepare", help="sources -> tokens on disk"))
-    prepare.set_defaults(run=_prepare)
-
-    train = _with_config(commands.add_parser("train", help="train, or go on from the newest checkpoint"))
-    train.add_argument("--dry-run", action="store_true", help="stop after building and one forward pass")
-    train.add_argument(
-        "--extend", action="store_true", help="allow a longer training.max_steps than the run began with"
+    """One subparser for each row of COMMANDS."""
+    parser = argparse.ArgumentParser(
+        prog="relora",
+        description="Train transformer models with ReLoRA.",
+        epilog=_examples([command.examples[0] for command in COMMANDS.values()]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    train.set_defaults(run=_train)
-
-    plan = _with_config(commands.add_parser("plan", help="what a run will need: memory, FLOPs, traffic"))
-    plan.add_argument("--engine", help="one, ddp, fsdp2, zero1, zero2 or zero3 (default: the launcher's)")
-    plan.add_argument("--processes", type=int, metavar="N", help="how many (default: the launcher's)")
-    plan.add_argument("--device-memory", type=float, metavar="GB", help="of one GPU, in GiB")
-    plan.add_argument("--json", metavar="FILE", help="write the numbers there too")
-    plan.set_defaults(run=_plan)
-
-    evaluate = commands.add_parser("eval", help="held-out loss and perplexity")
-    evaluate.add_argument("run_or_model", metavar="RUN_OR_MODEL")
-    evaluate.add_argument("--config", help="what to evaluate a model on that belongs to no run")
-    evaluate.set_defaults(run=_evaluate)
-
-    export = commands.add_parser("export", help="a plain Hugging Face folder of a run")
-    export.add_argument("run_folder", metavar="RUN")
-    export.add_argument("--output", required=True, help="the folder to write; it must not exist")
-    export.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    export.add_argument("--step", type=int, help="the checkpoint to export (default: the newest)")
-    export.set_defaults(run=_export)
-
-    report = commands.add_parser("report", help="pictures and one HTML page of one run or several")
-    report.add_argument("run_folders", metavar="RUN", nargs="+")
-    report.add_argument("--output", help="the folder to write (default: report/ in the first run)")
-    report.set_defaults(run=_report)
-
-    generate = commands.add_parser("generate", help="sample text")
-    generate.add_argument("run_or_model", metavar="RUN_OR_MODEL")
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument("--max-new-tokens", type=int, default=100)
-    generate.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    generate.add_argument("--seed", type=int, default=0)
-    generate.set_defaults(run=_generate)
+    parser.add_argument("--version", action="version", version=f"relora {relora.__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(
+            name,
+            help=command.help,
+            description=f"{command.help[0].upper()}{command.help[1:]}.",
+            epilog=_examples(command.examples),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for argument in command.arguments:
+            subparser.add_argument(*argument.names, **argument.options)
+        subparser.set_defaults(run=command.run)
     return parser
 
 
-def _with_config(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    command.add_argument("config", metavar="CONFIG")
-    command.add_argument("overrides", nargs="*", metavar="section.key=value", help="laid over the file")
-    return command
+def _examples(lines: Sequence[str]) -> str:
+    return "\n".join(["examples:", *(f"  relora {line}" for line in lines)])
 
 
 def _config(options: argparse.Namespace) -> Config:
     return load_config(options.config, options.overrides)
 
 
-# The imports stand in the functions: `relora --help` and a mistake in a config need no torch.
 def _prepare(options: argparse.Namespace) -> None:
+    config = _config(options)
     from relora.commands.prepare import prepare
 
-    prepare(_config(options))
+    prepare(config)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -116,16 +98,17 @@ def _plan(options: argparse.Namespace) -> None:
     plan(
         config,
         engine=options.engine,
-        num_processes=options.world,
+        num_processes=options.processes,
         device_gib=options.device_memory,
         json_path=options.json,
     )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    config = load_config(options.config) if options.config else None
     from relora.commands.eval import evaluate
 
-    evaluate(options.run_or_model, load_config(options.config) if options.config else None)
+    evaluate(options.run_or_model, config)
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -150,3 +133,134 @@ def _generate(options: argparse.Namespace) -> None:
         temperature=options.temperature,
         seed=options.seed,
     )
+
+
+class Argument:
+    """What `ArgumentParser.add_argument` is given."""
+
+    def __init__(self, *names: str, help: str, **options: Any) -> None:
+        self.names = names
+        self.options = {"help": help, **options}
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: the function that runs it, a line of help, its examples and its arguments."""
+
+    run: Callable[[argparse.Namespace], None]
+    help: str
+    examples: Sequence[str]
+    arguments: Sequence[Argument]
+
+
+CONFIG = (
+    Argument("config", metavar="CONFIG", help="the configuration file, such as configs/quickstart.yaml"),
+    Argument(
+        "overrides",
+        nargs="*",
+        metavar="section.key=value",
+        help="values that replace those of the file, such as training.max_steps=500 lora.r=64",
+    ),
+)
+RUN_OR_MODEL = Argument(
+    "run_or_model",
+    metavar="RUN_OR_MODEL",
+    help="a run folder (its newest checkpoint), a folder with a model, or a hub id, such as runs/quickstart or gpt2",
+)
+COMMANDS = {
+    "prepare": Command(
+        run=_prepare,
+        help="tokenize the sources of a config and write the tokens to disk",
+        examples=["prepare configs/quickstart.yaml", "prepare configs/llama_60m.yaml data.num_proc=8"],
+        arguments=CONFIG,
+    ),
+    "train": Command(
+        run=_train,
+        help="train, or resume from the newest checkpoint",
+        examples=[
+            "train configs/quickstart.yaml",
+            "train configs/quickstart.yaml output_dir=runs/second lora.r=64 --dry-run",
+            "train configs/quickstart.yaml training.max_steps=2000 --extend",
+        ],
+        arguments=(
+            *CONFIG,
+            Argument("--dry-run", action="store_true", help="build the model, run one forward pass, and stop"),
+            Argument(
+                "--extend",
+                action="store_true",
+                help="resume a run with a larger training.max_steps than it began with, such as "
+                "training.max_steps=2000 after 1000",
+            ),
+        ),
+    ),
+    "plan": Command(
+        run=_plan,
+        help="forecast the memory, FLOPs and traffic of a run, without training",
+        examples=[
+            "plan configs/quickstart.yaml",
+            "plan configs/llama_1b.yaml --engine fsdp2 --processes 8 --device-memory 80 --json plan.json",
+        ],
+        arguments=(
+            *CONFIG,
+            Argument("--engine", help="one, ddp, fsdp2, zero1, zero2 or zero3, such as ddp (default: the launcher's)"),
+            Argument(
+                "--processes", type=int, metavar="N", help="number of processes, such as 8 (default: the launcher's)"
+            ),
+            Argument("--device-memory", type=float, metavar="GIB", help="memory of one GPU in GiB, such as 80"),
+            Argument("--json", metavar="FILE", help="also write the numbers to this file, such as plan.json"),
+        ),
+    ),
+    "eval": Command(
+        run=_evaluate,
+        help="measure loss and perplexity on held-out text",
+        examples=["eval runs/quickstart", "eval gpt2 --config configs/continue_pretrained.yaml"],
+        arguments=(
+            RUN_OR_MODEL,
+            Argument("--config", help="the held-out text for a model of no run, such as configs/quickstart.yaml"),
+        ),
+    ),
+    "export": Command(
+        run=_export,
+        help="write the model of a run as a plain Hugging Face folder, with all updates merged",
+        examples=["export runs/quickstart --output exported", "export runs/quickstart --output half --dtype bfloat16"],
+        arguments=(
+            Argument("run_folder", metavar="RUN", help="the run folder, such as runs/quickstart"),
+            Argument("--output", required=True, help="the folder to write; it must not exist, such as exported"),
+            Argument(
+                "--dtype",
+                choices=("float32", "bfloat16", "float16"),
+                default="float32",
+                help="dtype of the weights, such as bfloat16 (default: %(default)s)",
+            ),
+            Argument("--step", type=int, help="step of the checkpoint to export, such as 1000 (default: the newest)"),
+        ),
+    ),
+    "report": Command(
+        run=_report,
+        help="plot the metrics of one or several runs on one HTML page",
+        examples=["report runs/quickstart", "report runs/low_rank runs/full_rank --output comparison"],
+        arguments=(
+            Argument("run_folders", metavar="RUN", nargs="+", help="run folders, such as runs/low_rank runs/full_rank"),
+            Argument("--output", help="the folder to write, such as comparison (default: report/ in the first run)"),
+        ),
+    ),
+    "generate": Command(
+        run=_generate,
+        help="continue a prompt with sampled text",
+        examples=['generate runs/quickstart --prompt "def main" --max-new-tokens 50 --temperature 0.8 --seed 1'],
+        arguments=(
+            RUN_OR_MODEL,
+            Argument("--prompt", required=True, help='the text to continue, such as "def main"'),
+            Argument(
+                "--max-new-tokens", type=int, default=100, help="tokens to add, such as 50 (default: %(default)s)"
+            ),
+            Argument(
+                "--temperature",
+                type=float,
+                default=0.8,
+                help="randomness of the sampling, such as 0.8; 0 takes the likeliest token (default: %(default)s)",
+            ),
+            Argument("--seed", type=int, default=0, help="seed of the sampling, such as 1 (default: %(default)s)"),
+        ),
+    ),
+}

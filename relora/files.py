@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whenever the process is killed."""
+"""Write files and folders atomically, whenever the process is killed; small questions about paths."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` in one step: the old file or the new one is there, never a part."""
+    """Replace the content of `path` in one step: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
     with draft.open("w", encoding="utf-8") as file:
@@ -21,11 +21,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
+    """Flush a file, or the directory entries of a folder, to disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -34,7 +35,7 @@ def sync(path: Path) -> None:
 
 
 def publish_folder(draft: Path, final: Path) -> None:
-    """Rename a finished draft folder to its name, everything in it on the disk first."""
+    """Rename a finished draft folder to its final name, after everything in it is on disk."""
     for inside in draft.rglob("*"):
         sync(inside)
     sync(draft)
@@ -44,14 +45,35 @@ def publish_folder(draft: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def share(source: Path, target: Path) -> None:
-    """The same bytes under a second name: a hard link, or a copy where the file system has none."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name: a hard link, or a copy where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
 
 
+share = link_or_copy  # the former name
+
+
 def sha256_of(path: Path) -> str:
+    """The sha256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_problems(setting: str, path: str) -> list[str]:
+    """Why no folder can be created at `path`: a file is in the way.
+
+    Args:
+        setting: the path as the user gave it, such as `output_dir = runs/x`.
+    """
+    nearest = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
+    if nearest.is_dir():
+        return []
+    return [f"{setting}: is a file" if nearest == Path(path) else f"{setting}: {nearest} is a file, not a folder"]
+
+
+def looks_like_a_path(name: str) -> bool:
+    """Whether `name` cannot be a hub id. Asking the hub for it would only cost time, much of it without a network."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import relora
+
 PACKAGE = Path(__file__).parents[1] / "relora"
 # Each room imports only rooms further down.
 ORDER = (
@@ -73,5 +75,15 @@ def test_only_engines_know_accelerate() -> None:
 
 def test_import_relora_needs_little() -> None:
     optional = ["pydantic", "tensorboard", "matplotlib", "deepspeed", "peft", "pytest"]
-    program = f"import sys\nfor name in {optional}: sys.modules[name] = None\nimport relora\nassert relora.__all__\n"
+    program = (
+        f"import sys\nfor name in {optional}: sys.modules[name] = None\n"
+        "import relora\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert set(relora.__all__) <= set(dir(relora))\n"
+        "assert all(getattr(relora, name).__name__ == name for name in relora.__all__)\n"
+        "from relora import *\n"
+        "assert restart is relora.restart\n"
+    )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    with pytest.raises(AttributeError, match="module 'relora' has no attribute 'inject'"):
+        relora.inject  # noqa: B018

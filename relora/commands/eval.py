@@ -1,73 +1,82 @@
-"""`relora eval RUN_OR_MODEL`: held-out loss and perplexity."""
+"""`relora eval RUN_OR_MODEL`: loss and other metrics on held-out text."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from relora.commands.load_model import load, run_of
 from relora.config import Config, UserError, raise_if_any
 from relora.data import check_amount, eval_batches, unigram_entropy
 from relora.data import prepare as prepare_tokens
 from relora.engines import Batch
-from relora.model.model import token_losses
-from relora.train.evaluate import perplexity, summed_losses
+from relora.model.model import vocab_size_of
+from relora.model.tasks import Task, task_of
+from relora.train.evaluate import summed_losses
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Mean loss over `num_tokens` held-out tokens, and their unigram entropy, in nats."""
+    """Results on held-out data.
+
+    Attributes:
+        loss: mean per label, in nats.
+        num_tokens: number of labels.
+        unigram_entropy: of the same labels, in nats: the loss of the best model that ignores all context.
+        metrics: those of the task, `eval_loss` among them.
+    """
 
     loss: float
     num_tokens: int
     unigram_entropy: float
+    metrics: dict[str, float]
 
 
 def evaluate(run_or_model: str, config: Config | None) -> None:
-    """Print the loss of a model on the held-out text of its run, or on that of `config`.
+    """Print the metrics of a model on the held-out text of its run, or on that of `config`.
 
     Raises:
         UserError: as `held_out`.
     """
     found = held_out(run_or_model, config)
+    others = {name.removeprefix("eval_"): value for name, value in found.metrics.items() if name != "eval_loss"}
     print(
-        f"held-out loss {found.loss:.4f} nats, perplexity {perplexity(found.loss):.2f}, over {found.num_tokens:,} "
-        f"tokens (their unigram entropy is {found.unigram_entropy:.4f})"
+        f"held-out loss {found.loss:.4f} nats{''.join(f', {name} {value:.2f}' for name, value in others.items())}, "
+        f"over {found.num_tokens:,} tokens (their unigram entropy is {found.unigram_entropy:.4f})"
     )
 
 
 @torch.no_grad()
 def held_out(run_or_model: str, config: Config | None = None) -> HeldOut:
-    """The loss of a model on the held-out text of its run, or on that of `config`.
+    """Evaluate a model on the held-out text of its run, or on that of `config`.
 
     Raises:
-        UserError: the model belongs to no run and no configuration says what to evaluate on.
+        UserError: the model belongs to no run and there is no config, or the model or the data cannot be read.
     """
     settings = config or run_of(run_or_model)
     if settings is None:
         raise UserError([f"{run_or_model}: belongs to no run; --config CONFIG.yaml says what to evaluate on"])
-    model, tokenizer = load(run_or_model)
+    task = task_of(settings)
+    model, tokenizer = load(run_or_model, task)
     data = prepare_tokens(
         settings.data,
-        vocab_size=_vocab_size(model.config),
-        tokenizer=(settings.data.tokenizer or settings.model.name_or_path)
-        if config is None
-        else tokenizer.name_or_path,
+        vocab_size=vocab_size_of(model.config),
+        # A model is evaluated on its own tokens; a config says which ones its data have.
+        tokenizer=tokenizer.name_or_path if config is None else settings.data.tokenizer or settings.model.name_or_path,
         trust_remote_code=settings.model.trust_remote_code,
     )
     raise_if_any(check_amount(data, settings.data))
     batch_size = settings.training.per_device_eval_batch_size or settings.training.per_device_batch_size
-    is_bf16 = settings.training.mixed_precision == "bf16"
-
-    def losses(batch: Batch) -> Tensor:
-        on_device = {key: values.to(model.device) for key, values in batch.items()}
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=is_bf16):
-            return token_losses(model, on_device)
-
-    loss, labels = summed_losses(losses, eval_batches(data, settings.data, batch_size=batch_size))
-    return HeldOut(loss / labels, labels, unigram_entropy(data, settings.data))
+    batches = eval_batches(data, settings.data, batch_size=batch_size)
+    loss, labels = summed_losses(lambda batch: _loss(model, batch, task, settings), batches)
+    entropy = unigram_entropy(data, settings.data)
+    return HeldOut(loss / labels, labels, entropy, task.metrics(loss / labels))
 
 
-def _vocab_size(config: PretrainedConfig) -> int:
-    return int(config.get_text_config().vocab_size)
+def _loss(model: torch.nn.Module, batch: Batch, task: Task, config: Config) -> Tensor:
+    """Sum of the losses of a batch, in nats, in the precision of training."""
+    device = next(model.parameters()).device
+    on_device = {key: values.to(device) for key, values in batch.items()}
+    is_bf16 = config.training.mixed_precision == "bf16"
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
+        return task.loss(model, on_device)

@@ -8,7 +8,7 @@ from relora.checkpoint.export import export_model, model_card
 from relora.checkpoint.run_folder import RunFolder
 from relora.commands.load_model import find_checkpoint, load_run
 from relora.config import UserError, raise_if_any
-from relora.errors import folder_problems
+from relora.files import folder_problems
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -3,68 +3,73 @@
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from relora.checkpoint.load import complete_checkpoints, open_shares, verify_checkpoint
 from relora.checkpoint.run_folder import RunFolder
 from relora.checkpoint.weights import merged_model
-from relora.config import Config, UserError, load_config
+from relora.config import Config, UserError, load_config, raise_if_any
 from relora.config.derived import lora_config
-from relora.model.model import load_hf_config, looks_like_a_path, refusal
+from relora.files import looks_like_a_path
+from relora.model.model import first_lines, read_hf_config, without_cache
+from relora.model.tasks import CausalLM, Task, task_of
 
 
-def load(run_or_model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model (plain, float32, on the GPU if there is one) and tokenizer.
+def load(run_or_model: str, task: Task | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model (plain, float32, on the GPU if there is one) and its tokenizer.
 
     A run gives its newest checkpoint, every update merged.
+
+    Args:
+        task: what a model of no run is for (default: causal language modelling); a run's config names its own.
 
     Raises:
         UserError: nothing there, no complete checkpoint, or not a model.
     """
     folder = RunFolder(Path(run_or_model))
-    model, tokenizer = load_run(folder) if folder.is_run else _load_plain(run_or_model)
+    model, tokenizer = load_run(folder) if folder.is_run else _load_plain(run_or_model, task or CausalLM())
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
 def load_run(folder: RunFolder, step: int | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model of a run at its newest checkpoint, or at the one of `step`."""
+    """Load the model of a run from its newest checkpoint, or from that of `step`; UserError as `load`."""
     config = load_config(folder.config)
     checkpoint = find_checkpoint(folder, step)
     verify_checkpoint(checkpoint)
-    hf_config = load_hf_config(config.model)
+    hf_config, problems = read_hf_config(config.model, task_of(config))
+    raise_if_any(problems)
+    assert hf_config is not None
     model = merged_model(open_shares(checkpoint), config.model, hf_config, lora_config(config))
     return model, AutoTokenizer.from_pretrained(folder.tokenizer)
 
 
 def find_checkpoint(folder: RunFolder, step: int | None) -> Path:
+    """The folder of a run's newest complete checkpoint, or of that of `step`; UserError if there is none."""
     checkpoints = complete_checkpoints(folder.checkpoints)
     if not checkpoints:
         raise UserError([f"{folder.path}: the run has no complete checkpoint yet"])
     if step is None:
         return checkpoints[-1]
-    names = {path.name: path for path in checkpoints}
-    wanted = f"step-{step:08d}"
-    if wanted not in names:
-        steps = ", ".join(str(int(name.removeprefix("step-"))) for name in names)
-        raise UserError([f"--step {step}: the run has checkpoints at {steps}"])
-    return names[wanted]
+    by_step = {int(path.name.removeprefix("step-")): path for path in checkpoints}
+    if step not in by_step:
+        raise UserError([f"--step {step}: the run has checkpoints at {', '.join(map(str, by_step))}"])
+    return by_step[step]
 
 
 def run_of(run_or_model: str) -> Config | None:
-    """The configuration of the run that a run folder, or a model folder in one, belongs to."""
+    """The configuration of a run, given its folder or a model folder inside of it; None for any other model."""
     path = Path(run_or_model)
     run = next((RunFolder(p) for p in (path, path.resolve().parent) if RunFolder(p).is_run), None)
     return load_config(run.config) if run is not None else None
 
 
-def _load_plain(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_plain(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a Hugging Face model by folder or hub id; UserError with the reason of transformers."""
     if not Path(name).is_dir() and (Path(name).exists() or looks_like_a_path(name)):
         raise UserError([f"{name}: there is no such folder"])
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-        # With a cache transformers does not keep packed documents apart; generation asks for one itself.
-        model.config.use_cache = False
-        return model, AutoTokenizer.from_pretrained(name)
+        model = task.auto_class.from_pretrained(name, dtype=torch.float32)
+        return without_cache(model), AutoTokenizer.from_pretrained(name)
     except Exception as error:  # whatever a model's own code may raise
-        reason = refusal(error) if Path(name).exists() else f"there is no such folder; {refusal(error)}"
+        reason = first_lines(error) if Path(name).exists() else f"there is no such folder; {first_lines(error)}"
         raise UserError([f"{name}: neither a run folder nor a model that transformers can load ({reason})"]) from None

@@ -8,8 +8,7 @@ import torch
 from relora.config import Config, raise_if_any
 from relora.config.derived import accumulation_steps
 from relora.engines import launched_engine, launched_num_processes, launched_zero_stage
-from relora.errors import folder_problems
-from relora.files import write_json
+from relora.files import folder_problems, write_json
 from relora.forecast.dry_run import kernel_known_here
 from relora.forecast.engine_costs import ENGINES, EngineName, Launch
 from relora.forecast.forecast import Forecast, forecast

@@ -7,8 +7,7 @@ from typing import Any
 
 from relora.checkpoint.run_folder import RunFolder
 from relora.config import UserError, raise_if_any
-from relora.errors import folder_problems
-from relora.files import write_text
+from relora.files import folder_problems, write_text
 from relora.tracking.metrics_file import read_metrics
 from relora.tracking.plots import INSTALL, has_matplotlib
 

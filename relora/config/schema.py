@@ -180,6 +180,7 @@ class TrainingSection(Section):
     method: Literal["relora", "lora", "full"] = Field(
         "relora", description="lora: no restarts; full: no low-rank stage"
     )
+    task: Name = Field("causal_lm", description="inputs, labels and loss; causal_lm: predict the next token")
     trainable: Name | None = Field(None, description="method full: a regex of the names of the parameters to train")
     max_steps: Count = Field(20000, description="updates in all, warm start included")
     global_batch_size: Count = Field(512, description="samples per update, whatever the number of processes")
@@ -207,6 +208,11 @@ class TrainingSection(Section):
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="peak of one device in TFLOP/s, for `mfu` in the metrics; null: by the name of the GPU, if known",
+        json_schema_extra=HOW,
+    )
+    report_to: Annotated[tuple[Name, ...], Field(strict=False)] = Field(
+        ("tensorboard",),
+        description="where metrics go beside metrics.jsonl: tensorboard",
         json_schema_extra=HOW,
     )
     probe_steps: CountFromZero = Field(

@@ -1,4 +1,4 @@
-"""Text that a model writes."""
+"""Sample text from a model."""
 
 from typing import Any
 
@@ -16,9 +16,9 @@ def sample_text(
     temperature: float,
     seed: int,
 ) -> str:
-    """`prompt` continued by up to `max_new_tokens`; greedy at temperature 0, else drawn from `seed`.
+    """Continue `prompt` by up to `max_new_tokens`; greedily at temperature 0, else drawn from `seed`.
 
-    Never past the positions of the model: the prompt loses its beginning, and the text ends, where they do.
+    The text never exceeds the positions of the model: a longer prompt loses its beginning, and generation stops there.
     """
     ids: Any = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     if ids.shape[1] == 0:

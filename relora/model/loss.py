@@ -1,9 +1,9 @@
-"""The cross-entropy of a batch without a copy of its logits in fp32.
+"""The cross-entropy of a batch, without a copy of its logits in fp32.
 
 In float32 the logits, their log-softmax and its gradient would each be twice the logits in bf16, the largest tensors
-of a small model's update. Here they exist for some rows at a time. torch's `linear_cross_entropy` goes further and
-never holds all logits, but wants the weight of the output head: it would pass by what models do to their logits
-(scales, soft caps), and by the hooks through which FSDP2 and ZeRO-3 gather that weight.
+of a small model's update. Here they exist for a chunk of rows at a time. torch's `linear_cross_entropy` goes further
+and never holds all logits, but needs the weight of the output head: it would bypass what models do to their logits
+(scales, soft caps), and the hooks through which FSDP2 and ZeRO-3 gather that weight.
 """
 
 from collections.abc import Iterator
@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-IGNORED_LABEL = -100
-# Of the logits that are in float32 at a time: 32 MiB, some hundred rows of a usual vocabulary.
+from relora.data.batches import IGNORED_LABEL
+
+# Logits in float32 at a time: 2^23 numbers, 32 MiB, some hundred rows of a usual vocabulary.
 CHUNK_NUMBERS = 2**23
 
 
@@ -23,7 +24,7 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Sum of -log softmax(logits)[target] over the rows whose target is not IGNORED_LABEL.
 
     Args:
-        logits: (rows, vocabulary), any float dtype; kept for the backward pass as they are, and not changed.
+        logits: (rows, vocabulary), any float dtype; saved for the backward pass as they are, and not changed.
         targets: (rows,) int64.
 
     Returns:
@@ -34,6 +35,8 @@ def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
+    """Saves the logits in their own dtype; the softmax is computed again in the backward pass."""
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(logits, targets)
@@ -50,11 +53,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
         logits, targets = ctx.saved_tensors
         result = torch.empty_like(logits)
         for rows in _chunks(logits):
-            labelled = (targets[rows] != IGNORED_LABEL)[:, None]
-            values = torch.softmax(logits[rows], dim=-1, dtype=_dtype(logits))
-            minus_one = -torch.ones_like(labelled, dtype=values.dtype)
+            has_label = (targets[rows] != IGNORED_LABEL)[:, None]  # (chunk, 1)
+            values = torch.softmax(logits[rows], dim=-1, dtype=_dtype(logits))  # (chunk, vocabulary)
+            minus_one = -torch.ones_like(has_label, dtype=values.dtype)
             values.scatter_add_(-1, targets[rows].clamp(min=0)[:, None], minus_one)
-            result[rows] = values.mul_(labelled * grad)
+            result[rows] = values.mul_(has_label * grad)
         return result, None
 
 
@@ -63,6 +66,7 @@ def _dtype(logits: Tensor) -> torch.dtype:
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
+    """Slices of rows that hold at most CHUNK_NUMBERS logits, and at least one row."""
     num_rows, width = logits.shape
     size = max(1, CHUNK_NUMBERS // width)
     return (slice(first, first + size) for first in range(0, num_rows, size))

@@ -1,19 +1,20 @@
-"""What a rank really sends: every collective of a piece of the program, seen by torch's dispatcher.
+"""Bytes that a process sends: every collective of a piece of the program, counted in torch's dispatcher.
 
 Whoever starts it (DDP's C++ reducer, fully_shard, DeepSpeed, our own sums), a collective is an operation of
-torch.distributed with tensors for arguments. Their sizes are measured; what travels for them is counted as in
-a ring, which NCCL and gloo use for all but the smallest.
+torch.distributed with tensors for arguments. Their sizes are measured; the bytes that travel for them are those of a
+ring, which NCCL and gloo use for all but the smallest tensors.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-# Bytes that each of n ranks sends for each byte of the tensor that the operation is named for here: the first
-# argument (where that is what comes out) or the second (what goes in).
+# Operation -> (the argument to measure, bytes that each of n processes sends per byte of it). Argument 0 is the output or
+# is changed in place, argument 1 is the input.
 _RING: dict[str, tuple[int, Callable[[int], float]]] = {
     "allreduce_": (0, lambda n: 2 * (n - 1) / n),
     "broadcast_": (0, lambda n: (n - 1) / n),
@@ -39,8 +40,8 @@ _RING: dict[str, tuple[int, Callable[[int], float]]] = {
 class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within `with Traffic(num_processes) as traffic:` counts `traffic.bytes_sent`.
 
-    It costs some time at every operation of torch: meant for one update, not for all. After a collective that
-    it does not know the count is NaN, rather than too small.
+    It costs time at every operation of torch: meant for one update, not for all. After a collective that is not in the
+    table the count is NaN rather than too small.
     """
 
     def __init__(self, num_processes: int) -> None:
@@ -51,20 +52,19 @@ class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         namespace, _, name = function.name().partition("::")
         if "c10d" in namespace:
-            self.bytes_sent += _bytes_sent(name.partition(".")[0], args, self._num_processes)
+            self.bytes_sent += bytes_sent(name.partition(".")[0], args, self._num_processes)
         return function(*args, **(kwargs or {}))
 
 
-def _bytes_sent(name: str, args: Sequence[Any], num_processes: int) -> float:
+def bytes_sent(name: str, args: Sequence[Any], num_processes: int) -> float:
+    """Bytes that one process sends for one collective; NaN if it is unknown.
+
+    Args:
+        name: of the operation, without namespace and overload, such as allreduce_.
+        args: its arguments: tensors, or lists of them.
+    """
     if name not in _RING:
         return math.nan
     place, per_byte = _RING[name]
-    return per_byte(num_processes) * sum(tensor.nbytes for tensor in _tensors(args[place]))
-
-
-def _tensors(argument: Any) -> Iterator[Tensor]:
-    if isinstance(argument, Tensor):
-        yield argument
-    elif isinstance(argument, list | tuple):
-        for item in argument:
-            yield from _tensors(item)
+    tensors = (leaf for leaf in tree_leaves(args[place]) if isinstance(leaf, Tensor))
+    return per_byte(num_processes) * sum(tensor.nbytes for tensor in tensors)

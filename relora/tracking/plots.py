@@ -1,4 +1,4 @@
-"""Pictures for TensorBoard. matplotlib is an extra: without it a run goes on and says so once."""
+"""Pictures for TensorBoard. matplotlib is an extra: without it a run has none, and says so once."""
 
 import functools
 import importlib.util
@@ -13,12 +13,13 @@ INSTALL = "pip install 'relora[plots]'"
 
 
 def spectrum_picture(spectra: Mapping[str, Tensor], *, title: str) -> Any:
-    """Singular values over their index, one curve a layer, as an image array (height, width, 3) of uint8.
+    """Plot singular values over their index, one curve a layer.
 
-    None without matplotlib.
+    Returns:
+        An array (height, width, 3) of uint8, or None without matplotlib.
     """
     if not has_matplotlib():
-        _say_once()
+        _warn_once()
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -27,7 +28,7 @@ def spectrum_picture(spectra: Mapping[str, Tensor], *, title: str) -> Any:
     canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for name, values in spectra.items():
-        # Zeros (the rank not reached) have no place on a logarithmic axis: the curve ends there.
+        # Zeros (beyond the rank of the update) have no place on a logarithmic axis: the curve ends there.
         shown = np.where(values > 1e-7 * float(values.max()), values, np.nan)
         axes.semilogy(np.arange(1, len(shown) + 1), shown, label=name, linewidth=1.2)
     axes.set(title=title, xlabel="index", ylabel="singular value")
@@ -42,5 +43,5 @@ def has_matplotlib() -> bool:
 
 
 @functools.cache
-def _say_once() -> None:
+def _warn_once() -> None:
     print(f"no pictures in TensorBoard: matplotlib is missing ({INSTALL})", file=sys.stderr)

@@ -1,11 +1,11 @@
-"""How long updates take, how much of the devices they use, and what they send."""
+"""How long updates take, how much of the devices they use, and how many bytes they send."""
 
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class Peak:
     fp32: float
 
 
-# By torch.cuda.get_device_name, from NVIDIA's data sheets and architecture papers; half of what they give for sparse.
+# By torch.cuda.get_device_name, from NVIDIA's data sheets and architecture papers; half of their figures for sparse.
 _A100, _H100_SXM = Peak(312, 19.5), Peak(989.4, 67)
 PEAKS = {
     "NVIDIA A10": Peak(125, 31.2),
@@ -48,7 +48,7 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device, *, mixed_precision: str, stated_tflops: float | None) -> float | None:
-    """FLOP/s of one device at best: as stated, else by the name of the GPU; None if that is not known."""
+    """Peak FLOP/s of one device: as stated, else by the name of the GPU; None if that is not known."""
     if stated_tflops is not None:
         return stated_tflops * TERA
     peak = PEAKS.get(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -60,19 +60,19 @@ def peak_flops(device: torch.device, *, mixed_precision: str, stated_tflops: flo
 def flops_per_token(
     model: nn.Module, *, sequence_length: int, shape: Callable[[nn.Parameter], torch.Size] = lambda p: p.shape
 ) -> float:
-    """FLOPs of an update for each token of its batch, as the training method needs them:
+    """FLOPs of an update per token of its batch, as the training method needs them:
 
         4 N_frozen + 6 N_trained + 12 layers heads head_dim T
 
-    N counts the entries of what tokens are multiplied with: no vectors, no embedding tables unless they are the output
-    head too, of experts those that a token goes to. A frozen weight W takes 2 N for y = x W^T and 2 N for the gradient
-    of x; a trained one, the factors A and B among them, 2 N more for its own. The last term is the attention of every
-    token to a whole sequence, as in arXiv 2204.02311, appendix B. What is computed again to save memory does not
-    count, nor does by which route a wrapped layer computes.
+    N counts the entries of the matrices that a token is multiplied with: no vectors, no embedding tables unless they
+    are the output head too, and of experts those that a token is routed to. A frozen weight W takes 2 N for y = x W^T
+    and 2 N for the gradient of x; a trained one, the factors A and B among them, 2 N more for its own. The last term
+    is the attention of every token to a whole sequence, as in arXiv 2204.02311, appendix B. Recomputation to save
+    memory does not count, and neither does the route of a wrapped layer.
 
     Args:
         model: of transformers.
-        shape: the full shape of a parameter, where an engine leaves the model only a part of it.
+        shape: the full shape of a parameter, where an engine leaves the model only a shard of it.
     """
     config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
@@ -85,15 +85,11 @@ def flops_per_token(
         if len(size) > 1 and id(parameter) not in tables:
             used = experts_per_token / size[0] if len(size) == 3 and experts_per_token else 1
             flops += (6 if parameter.requires_grad else 4) * used * size.numel()
-    return flops + 12 * sequence_length * _attention_width(config)
-
-
-def _attention_width(config: Any) -> int:
-    """Of all layers and heads together; 0 for a model without attention."""
     heads = getattr(config, "num_attention_heads", None)
     if heads is None:
-        return 0
-    return int(config.num_hidden_layers * heads * (getattr(config, "head_dim", None) or config.hidden_size // heads))
+        return flops  # a model without attention
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return flops + 12.0 * sequence_length * int(config.num_hidden_layers * heads * head_dim)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -109,66 +105,86 @@ COUNTED_UPDATE = 3
 
 
 class Meter:
-    """Mean speed of updates since it was last asked, evaluation and checkpoints left out; bytes of one update."""
+    """Speed of the updates since the last logged one, peak memory, and the bytes that an update sends.
 
-    def __init__(self, engine: Engine, live: TrainState, config: Config) -> None:
+    The clock runs from `fields` to `fields`, but for `pause`: reading the next batch counts, evaluation does not.
+
+        for batches in ...:
+            with meter.measure(len(batches)):
+                engine.update(...)
+            if logs:
+                line = {..., **meter.fields()}   # after the loss has been read: the device is done then
+            if is_due:
+                with meter.pause():
+                    callbacks(...)
+    """
+
+    def __init__(self, engine: Engine, state: TrainState, config: Config) -> None:
+        self._engine, self._state = engine, state
         self._tokens_per_update = config.training.global_batch_size * config.data.sequence_length
-        self._most_tokens_per_second = _most_tokens_per_second(engine, live, config)
-        self._start_s, self._busy_s, self._updates, self._seen = time.perf_counter(), 0.0, 0, 0
-        self._engine, self._live, self._bytes_sent = engine, live, dict[str, float]()
+        self._peak_tokens_per_second = _peak_tokens_per_second(engine, state, config)
+        self._start_s, self._num_updates, self._num_seen = time.perf_counter(), 0, 0
+        self._bytes_sent: dict[str, float] = {}
 
     @contextmanager
-    def measured(self, num_micro_batches: int) -> Iterator[None]:
-        """Around one update."""
-        self._num_micro_batches = num_micro_batches
-        self._seen += 1
-        if self._seen == COUNTED_UPDATE and self._engine.world.num_processes > 1:
-            with Traffic(self._engine.world.num_processes) as traffic:
-                yield
-            if math.isfinite(traffic.bytes_sent):
-                self._bytes_sent = self._beside_full_rank(traffic.bytes_sent)
-        else:
+    def measure(self, num_micro_batches: int) -> Iterator[None]:
+        """Around one update of `num_micro_batches` on this process. The third one's traffic is counted."""
+        self._num_updates += 1
+        self._num_seen += 1
+        num_processes = self._engine.world.num_processes
+        counts = self._num_seen == COUNTED_UPDATE and num_processes > 1
+        with Traffic(num_processes) if counts else nullcontext() as traffic:
             yield
+        if traffic is not None and math.isfinite(traffic.bytes_sent):
+            self._bytes_sent = {
+                "bytes_sent": traffic.bytes_sent,
+                "bytes_sent_full_rank": traffic.bytes_sent + self._saved_bytes(num_micro_batches),
+            }
 
-    def waited(self, num_updates: int) -> None:
-        """The time until now was that of so many updates; of those that have to be made again it is time lost."""
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stop the clock. Waits for the device first, which may still compute updates: not for every step."""
+        device = self._engine.world.device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        paused_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._start_s += time.perf_counter() - paused_s
+
+    def fields(self) -> dict[str, float]:
+        """The fields of a line of metrics, on the updates since the last call (at least one).
+
+        Returns:
+            tokens_per_second and step_seconds, of all processes together; mfu where the peak of a device is known;
+            peak_memory_bytes of this process; and once they are counted, bytes_sent by this process in an update and
+            bytes_sent_full_rank, the same for full-rank training. Every update of a stage sends the same.
+        """
         now_s = time.perf_counter()
-        self._busy_s += now_s - self._start_s
-        self._start_s, self._updates = now_s, self._updates + num_updates
+        step_seconds = (now_s - self._start_s) / self._num_updates
+        self._start_s, self._num_updates = now_s, 0
+        fields = {"tokens_per_second": self._tokens_per_update / step_seconds, "step_seconds": step_seconds}
+        if self._peak_tokens_per_second is not None:
+            fields["mfu"] = fields["tokens_per_second"] / self._peak_tokens_per_second
+        fields["peak_memory_bytes"] = peak_memory_bytes(self._engine.world.device)
+        return fields | self._bytes_sent
 
-    def restart_clock(self) -> None:
-        self._start_s = time.perf_counter()
-
-    def speed(self) -> dict[str, float]:
-        """Fields of metrics; `mfu` is among them where the peak of a device is known."""
-        step_seconds = self._busy_s / self._updates
-        self._busy_s, self._updates = 0.0, 0
-        tokens_per_second = self._tokens_per_update / step_seconds
-        most = self._most_tokens_per_second
-        mfu = {} if most is None else {"mfu": tokens_per_second / most}
-        return {"tokens_per_second": tokens_per_second, "step_seconds": step_seconds, **mfu}
-
-    def bytes_sent(self) -> dict[str, float]:
-        """What this rank sends in an update, once it has been counted: every update of a stage sends the same."""
-        return self._bytes_sent
-
-    def _beside_full_rank(self, sent: float) -> dict[str, float]:
-        """The bytes counted, and those of full-rank training: with the gradients of all weights, and of no factors."""
-        factors, missing = factor_names(self._live.model), 0
-        for name, parameter in named_parameters(self._live.model).items():
-            travels = parameter.requires_grad and not self._engine.is_apart
-            missing += self._engine.store.shape(parameter).numel() * ((name not in factors) - travels)
-        more = 4 * missing * self._engine.sent_per_gradient_byte(self._num_micro_batches)
-        return {"bytes_sent": sent, "bytes_sent_full_rank": sent + more}
+    def _saved_bytes(self, num_micro_batches: int) -> float:
+        """Bytes by which full-rank training would send more: the gradients of all weights, and of no factors."""
+        engine, factors = self._engine, factor_names(self._state.model)
+        num_missing = 0
+        for name, parameter in named_parameters(self._state.model).items():
+            is_sent = parameter.requires_grad and not engine.is_apart
+            num_missing += engine.store.shape(parameter).numel() * ((name not in factors) - is_sent)
+        return 4 * num_missing * engine.sent_per_gradient_byte(num_micro_batches)
 
 
-def _most_tokens_per_second(engine: Engine, live: TrainState, config: Config) -> float | None:
-    """What all devices together would train at their peak; None if that is not known."""
-    training, processes = config.training, engine.world
-    peak = peak_flops(processes.device, mixed_precision=training.mixed_precision, stated_tflops=training.peak_tflops)
+def _peak_tokens_per_second(engine: Engine, state: TrainState, config: Config) -> float | None:
+    """The rate of training if all devices together ran at their peak; None if that is not known."""
+    training, world, length = config.training, engine.world, config.data.sequence_length
+    peak = peak_flops(world.device, mixed_precision=training.mixed_precision, stated_tflops=training.peak_tflops)
     if peak is None:
         return None
-    length = config.data.sequence_length
-    return (
-        processes.num_processes * peak / flops_per_token(live.model, sequence_length=length, shape=engine.store.shape)
-    )
+    per_token = flops_per_token(state.model, sequence_length=length, shape=engine.store.shape)
+    return world.num_processes * peak / per_token

@@ -1,7 +1,16 @@
-"""What a run shows while it goes on: metrics.jsonl, TensorBoard, the progress bar. Only rank 0 talks."""
+"""What a run reports, and to whom: a tracker hands everything to a list of sinks.
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+Only the first process has sinks; the tracker of every other process is `Tracker([])`. A new sink is a subclass of
+`Sink`, named in `training.report_to`: by its key in SINKS, or as `module:attribute`.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -9,83 +18,192 @@ from torch.utils.tensorboard.summary import hparams as hparams_summaries
 from tqdm import tqdm
 
 from relora.checkpoint.run_folder import RunFolder
-from relora.checkpoint.state import State
-from relora.tracking.metrics_file import MetricsFile, cut_metrics
+from relora.method.registry import resolve
+from relora.tracking.metrics_file import cut_metrics
 from relora.tracking.plots import spectrum_picture
 
-# The first key of a line says what kind it is; its fields go to TensorBoard under the name of the kind.
-_KINDS = {"loss": "train", "eval_loss": "eval", "restart": "restart", "probe_loss": "probe"}
+# A line of metrics is of the kind that the first of these keys in it names; TensorBoard shows its fields under KIND/.
+KINDS = {"loss": "train", "eval_loss": "eval", "restart": "restart", "probe_loss": "probe"}
 
 
-class Tracker(Protocol):
-    """Where the loop reports to. Other ranks have one that does nothing."""
+@dataclass(frozen=True)
+class SinkContext:
+    """The run that a sink is opened for.
 
-    def line(self, line: Mapping[str, Any]) -> None:
-        """Record one line of metrics; it carries its `step`."""
+    Attributes:
+        folder: the run folder, which is there.
+        start_step: the step that the run resumes from; None for a new run.
+        cycle: restarts behind it at that step.
+        total_steps: the step at which the run ends.
+        hparams: the settings that make the run what it is, by dotted key.
+    """
 
-    def progress(self, step: int, **shown: str) -> None:
-        """Move the progress bar."""
+    folder: Path
+    start_step: int | None
+    cycle: int
+    total_steps: int
+    hparams: Mapping[str, Any]
 
-    def say(self, text: str) -> None:
-        """Print, without tearing the progress bar."""
+
+class Sink:
+    """One place that a run reports to. Each method does nothing unless a subclass wants to know of it.
+
+    A sink is constructed with a `SinkContext`, in the first process alone, and is used by one thread. A resumed run
+    reports the steps past its checkpoint again, also to a sink that has seen them before.
+    """
+
+    def __init__(self, context: SinkContext) -> None:
+        self.context = context
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        """Record one line of metrics.
+
+        Args:
+            line: `step`, and fields of numbers, strings or None. The kind of the line is in `KINDS`; each kind and step
+                comes once in a run that is not resumed.
+        """
+
+    def progress(self, step: int, **fields: str) -> None:
+        """Show how far the run is.
+
+        Args:
+            step: batches consumed, out of `context.total_steps`.
+            fields: short values of the newest update, ready to print, such as loss="2.315".
+        """
+
+    def message(self, text: str) -> None:
+        """Show a message to whoever watches the run; `text` may have several lines."""
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """Show a piece of text in TensorBoard."""
+        """Record a piece of text, such as a sample.
+
+        Args:
+            tag: names the series that the text belongs to, such as sample/0.
+        """
 
     def spectra(self, spectra: Mapping[str, Tensor], step: int) -> None:
-        """Show singular values, descending, as one picture."""
+        """Record singular values of W - W_start.
+
+        Args:
+            spectra: by layer name, 1-D, float32 on the CPU, descending.
+        """
 
     def sync(self, step: int) -> None:
-        """Everything recorded up to `step` is on the disk afterwards; its checkpoint comes next."""
+        """Bring everything recorded up to `step` to the disk. The checkpoint of the step is written afterwards, and a
+        run that resumes from it does not report these steps again.
+        """
 
-    def close(self) -> None: ...
-
-
-class SilentTracker:
-    """For all ranks but the first."""
-
-    def line(self, line: Mapping[str, Any]) -> None: ...
-
-    def progress(self, step: int, **shown: str) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-    def text(self, tag: str, text: str, step: int) -> None: ...
-
-    def spectra(self, spectra: Mapping[str, Tensor], step: int) -> None: ...
-
-    def sync(self, step: int) -> None: ...
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """The run has ended, or failed; nothing comes after this."""
 
 
-class RunTracker:
-    """metrics.jsonl, TensorBoard and the progress bar of one run, from `start` on."""
+class Tracker:
+    """Hands everything that a run reports to its sinks, in their order; see `Sink` for the arguments."""
 
-    def __init__(self, folder: RunFolder, state: State, *, total: int, hparams: Mapping[str, Any]) -> None:
-        """`state` is what the run goes on from."""
-        self._folder = folder
-        start = None if state.stage is None else state.clock.step
-        cut_metrics(folder.metrics, after_step=start, cycle=state.cycle)
-        self._metrics = MetricsFile(folder.metrics)
-        self._board = SummaryWriter(str(folder.tensorboard), purge_step=0 if start is None else start + 1)
-        self._bar = tqdm(total=total, initial=start or 0, unit="step", dynamic_ncols=True, mininterval=1.0)
-        if start is None:
-            self._hparams(hparams)
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self.sinks = sinks
 
     def line(self, line: Mapping[str, Any]) -> None:
-        self._metrics.write(line)
-        kind = next(kind for key, kind in _KINDS.items() if key in line)
+        for sink in self.sinks:
+            sink.metrics(line)
+
+    def progress(self, step: int, **fields: str) -> None:
+        for sink in self.sinks:
+            sink.progress(step, **fields)
+
+    def log(self, text: str) -> None:
+        for sink in self.sinks:
+            sink.message(text)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        for sink in self.sinks:
+            sink.text(tag, text, step)
+
+    def spectra(self, spectra: Mapping[str, Tensor], step: int) -> None:
+        for sink in self.sinks:
+            sink.spectra(spectra, step)
+
+    def sync(self, step: int) -> None:
+        for sink in self.sinks:
+            sink.sync(step)
+
+    def close(self) -> None:
+        """Close every sink, whatever the others do; the last error is raised."""
+        with ExitStack() as stack:
+            for sink in reversed(self.sinks):
+                stack.callback(sink.close)
+
+
+def open_tracker(context: SinkContext, report_to: Sequence[str]) -> Tracker:
+    """The tracker of the first process: metrics.jsonl, the sinks of `training.report_to`, progress bar and status.
+
+    Raises:
+        ValueError: as `sink_problems`.
+        UserError: metrics.jsonl is damaged.
+    """
+    # The file first: where it cannot be read, nothing else has been touched.
+    sinks: list[Sink] = [MetricsFile(context)]
+    sinks += [resolve("training.report_to", name, SINKS)(context) for name in report_to]
+    return Tracker([*sinks, ProgressBar(context), StatusFile(context)])
+
+
+def sink_problems(report_to: Sequence[str]) -> list[str]:
+    """One line for each name in `training.report_to` that is no sink or cannot be imported."""
+    problems = []
+    for name in report_to:
+        try:
+            sink: Any = resolve("training.report_to", name, SINKS)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            if not callable(sink):
+                problems.append(f"training.report_to = {name}: must be a subclass of relora.tracking.tracker.Sink")
+    return problems
+
+
+class MetricsFile(Sink):
+    """metrics.jsonl: one JSON object a line. A resumed run cuts off the lines past its checkpoint."""
+
+    def __init__(self, context: SinkContext) -> None:
+        super().__init__(context)
+        path = RunFolder(context.folder).metrics
+        cut_metrics(path, after_step=context.start_step, cycle=context.cycle)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("a", encoding="utf-8")
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(dict(line)) + "\n")
+        self._file.flush()
+
+    def sync(self, step: int) -> None:  # noqa: ARG002
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+class TensorBoard(Sink):
+    """Scalars under the kind of their line, samples as text, spectra as pictures, the settings as hyperparameters."""
+
+    def __init__(self, context: SinkContext) -> None:
+        super().__init__(context)
+        start = context.start_step
+        folder = RunFolder(context.folder).tensorboard
+        self._board = SummaryWriter(str(folder), purge_step=0 if start is None else start + 1)
+        if start is None:
+            plain = (int, float, str)
+            settings = {key: v if isinstance(v, plain) else str(v) for key, v in context.hparams.items()}
+            # Not add_hparams: it opens a second file of events, and TensorBoard would leave the first one behind.
+            for summary in hparams_summaries(settings, {"hparam/started": 1}):  # type: ignore[no-untyped-call]
+                self._board.file_writer.add_summary(summary)  # type: ignore[attr-defined]
+
+    def metrics(self, line: Mapping[str, Any]) -> None:
+        # {"step": 7, "eval_loss": 2.3} -> eval/loss at 7
+        kind = next(kind for key, kind in KINDS.items() if key in line)
         for key, value in line.items():
             if key != "step" and isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{_short(key, kind)}", value, line["step"])
-
-    def progress(self, step: int, **shown: str) -> None:
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(step - self._bar.n)
-
-    def say(self, text: str) -> None:
-        tqdm.write(text)
+                self._board.add_scalar(f"{kind}/{key.removeprefix(f'{kind}_')}", value, line["step"])
 
     def text(self, tag: str, text: str, step: int) -> None:
         self._board.add_text(tag, f"```\n{text}\n```", step)
@@ -95,22 +213,42 @@ class RunTracker:
         if picture is not None:
             self._board.add_image("spectrum", picture, step, dataformats="HWC")
 
-    def sync(self, step: int) -> None:
-        self._metrics.sync()
+    def sync(self, step: int) -> None:  # noqa: ARG002
         self._board.flush()
-        self._folder.write_status("running", step=step)
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class ProgressBar(Sink):
+    """The progress bar on stderr, and messages on stdout, which do not tear it."""
+
+    def __init__(self, context: SinkContext) -> None:
+        super().__init__(context)
+        self._bar = tqdm(
+            total=context.total_steps,
+            initial=context.start_step or 0,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=1.0,
+        )
+
+    def progress(self, step: int, **fields: str) -> None:
+        self._bar.set_postfix(fields, refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def message(self, text: str) -> None:
+        tqdm.write(text)
 
     def close(self) -> None:
         self._bar.close()
-        self._metrics.close()
-        self._board.close()
-
-    def _hparams(self, hparams: Mapping[str, Any]) -> None:
-        plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in hparams.items()}
-        # Not add_hparams: it opens a second file of events, and TensorBoard would leave the first one behind.
-        for summary in hparams_summaries(plain, {"hparam/started": 1}):  # type: ignore[no-untyped-call]
-            self._board.file_writer.add_summary(summary)  # type: ignore[attr-defined]
 
 
-def _short(key: str, kind: str) -> str:
-    return key.removeprefix(f"{kind}_")
+class StatusFile(Sink):
+    """status.json: the step up to which everything is on the disk. It comes last, after all others have synced."""
+
+    def sync(self, step: int) -> None:
+        RunFolder(self.context.folder).write_status("running", step=step)
+
+
+SINKS: Mapping[str, Callable[[SinkContext], Sink]] = {"tensorboard": TensorBoard}

@@ -25,7 +25,7 @@ from relora.engines import (
     launched_num_processes,
     launched_process_index,
 )
-from relora.errors import folder_problems
+from relora.files import folder_problems
 from relora.method.base_weights import quantization_problem
 from relora.method.inject import find_modules, find_targets, inject_lora
 from relora.method.parameter_report import parameter_report

@@ -15,15 +15,12 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from types import FrameType
 
-EXIT_STOPPED = 143  # 128 + SIGTERM: what a shell reports of a process that SIGTERM has ended
+from relora.errors import EXIT_STOPPED
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # Ctrl-C reaches the ranks from the terminal and again from their launcher: that is one request.
 SAME_REQUEST_S = 2.0
 END = 0  # no signal has this number
-
-
-class Stopped(RuntimeError):  # noqa: N818  it is no error
-    """The run was asked to stop and has ended in order."""
 
 
 class StopRequest:

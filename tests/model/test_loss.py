@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from relora.data.batches import IGNORED_LABEL
 from relora.model import loss
-from relora.model.loss import IGNORED_LABEL, summed_cross_entropy
+from relora.model.loss import summed_cross_entropy
 
 ROWS, WIDTH = 13, 11
 

@@ -20,8 +20,8 @@ from relora.checkpoint.load import complete_checkpoints, verify_checkpoint
 from relora.checkpoint.save import Checkpoints
 from relora.cli import main
 from relora.config import check
+from relora.errors import Stopped
 from relora.train.loop import micro_batch_seed
-from relora.train.signals import Stopped
 from relora.train.train import train
 from tests.helpers.launch import command, written
 from tests.helpers.programs import ROOT, end_group

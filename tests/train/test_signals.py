@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from relora.train.signals import EXIT_STOPPED, SAME_REQUEST_S, STOP_SIGNALS, stop_signals
+from relora.errors import EXIT_STOPPED
+from relora.train.signals import SAME_REQUEST_S, STOP_SIGNALS, stop_signals
 from tests.helpers.programs import ROOT
 
 # The module by itself: with its package the programs would load torch.
