@@ -6,9 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from relora.config import Config, UserError, load_config
-from relora.train.signals import EXIT_STOPPED, Stopped
-
-EXIT_USER_ERROR = 2
+from relora.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

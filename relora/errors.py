@@ -1,7 +1,14 @@
-"""What a user got wrong, one line a problem."""
+"""How a command ends: what a user got wrong, one line a problem; a request to stop; the exit codes of both."""
 
 from collections.abc import Iterable
 from pathlib import Path
+
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 143  # 128 + SIGTERM: what a shell reports of a process that SIGTERM has ended
+
+
+class Stopped(RuntimeError):  # noqa: N818  it is no error
+    """The run was asked to stop and has ended in order."""
 
 
 class UserError(Exception):

@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from relora.checkpoint.load import complete_checkpoints, open_shares, verify_checkpoint
+from relora.checkpoint.load import checkpoint_problems, complete_checkpoints, open_states
 from relora.checkpoint.run_folder import RunFolder
 from relora.checkpoint.weights import merged_model
-from relora.config import Config, UserError, load_config
+from relora.config import Config, UserError, load_config, raise_if_any
 from relora.config.derived import lora_config
 from relora.model.model import load_hf_config, looks_like_a_path, refusal
 
@@ -30,9 +30,9 @@ def load_run(folder: RunFolder, step: int | None = None) -> tuple[PreTrainedMode
     """The model of a run at its newest checkpoint, or at the one of `step`."""
     config = load_config(folder.config)
     checkpoint = find_checkpoint(folder, step)
-    verify_checkpoint(checkpoint)
+    raise_if_any(checkpoint_problems(checkpoint))
     hf_config = load_hf_config(config.model)
-    model = merged_model(open_shares(checkpoint), config.model, hf_config, lora_config(config))
+    model = merged_model(open_states(checkpoint), config.model, hf_config, lora_config(config))
     return model, AutoTokenizer.from_pretrained(folder.tokenizer)
 
 

@@ -1,22 +1,23 @@
 """The only files that know accelerate, DeepSpeed or FSDP."""
 
 from relora.config import Config
+from relora.config.derived import batch_problems
 from relora.engines.base import Batch, Engine, Queued, TrainState, Update, read
 from relora.engines.ddp import DDPEngine
 from relora.engines.deepspeed import DeepSpeedEngine
 from relora.engines.deepspeed_config import deepspeed_settings, launched_zero_stage, wants_own_optimizer
 from relora.engines.fsdp2 import FSDP2Engine, fsdp_options
 from relora.engines.launch_checks import launch_refusals
-from relora.engines.local_sgd import LocalSGDEngine
+from relora.engines.local_sgd import LocalSGDEngine, resume_problems
 from relora.engines.outer import OuterOptimizer
 from relora.engines.world import (
     World,
-    check_world,
     is_first,
     is_first_on_node,
     launched_engine,
     launched_num_processes,
     launched_process_index,
+    world_problems,
 )
 
 __all__ = [
@@ -26,17 +27,26 @@ __all__ = [
     "World",
     "Queued",
     "Update",
-    "check_world",
     "connect",
     "is_first",
     "is_first_on_node",
-    "launch_refusals",
     "launched_engine",
     "launched_process_index",
     "launched_num_processes",
     "launched_zero_stage",
+    "problems",
     "read",
+    "resume_problems",
 ]
+
+
+def problems(config: Config, num_processes: int) -> list[str]:
+    """What is wrong with a launch of `num_processes` for `config`, one line each."""
+    return [
+        *launch_refusals(config, num_processes),
+        *world_problems(num_processes, config.training.num_processes),
+        *batch_problems(config, num_processes),
+    ]
 
 
 def connect(config: Config) -> Engine:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from relora.engines.entry import Entry
 from relora.engines.outer import OuterOptimizer
 from relora.engines.world import World
 from relora.method.restart import RestartReport, restart
@@ -79,6 +80,8 @@ class Engine(Protocol):
     name: str
     world: World
     is_apart: bool  # whether each rank now trains parameters of its own, that travel at restarts only
+    splits_masters: bool  # whether each process holds a shard of an exact master, or the whole of it
+    num_states: int  # how many processes train parameters of their own; 1 if all train the same
     draw_index: int  # which of several independent draws of the factors is this rank's
     outer: OuterOptimizer  # what becomes of the mean of the updates of ranks that train apart
 
@@ -133,6 +136,12 @@ class Engine(Protocol):
     def token_losses(self, live: TrainState, batch: Batch) -> Tensor:
         """Sum of the token losses of this rank's batch, within `inference`."""
 
+    def trained_entries(self, entries: Sequence[Entry]) -> list[Entry]:
+        """`entries` of this process, for a checkpoint: where processes train apart, those of all of them."""
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """State beside parameters and moments, by name, for a checkpoint."""
+
     def release(self, live: TrainState) -> None:
         """Let go of all that training alone needs; the weights can still be read."""
 
@@ -150,6 +159,8 @@ class TorchEngine(ABC):
 
     name: str
     store: Store
+    splits_masters = True
+    num_states = 1
 
     def __init__(self, world: World, *, mixed_precision: str, max_grad_norm: float | None) -> None:
         self.world = world
@@ -220,6 +231,12 @@ class TorchEngine(ABC):
 
     def token_losses(self, live: TrainState, batch: Batch) -> Tensor:
         return token_losses(live.model, on_device(batch, self.world.device))
+
+    def trained_entries(self, entries: Sequence[Entry]) -> list[Entry]:
+        return list(entries)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {}
 
     def release(self, live: TrainState) -> None:
         live.optimizer.zero_grad(set_to_none=True)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora.engines.base import Batch, Queued, TrainState, on_device
+from relora.engines.entry import Entry
 from relora.engines.outer import OuterOptimizer
 from relora.engines.world import World
 from relora.engines.zero_store import ZeroStore
@@ -37,6 +38,7 @@ class DeepSpeedEngine:
         logger.setLevel("WARNING")
         self._deepspeed = deepspeed
         self.world = world
+        self.splits_masters, self.num_states = True, 1
         self.is_apart, self.draw_index, self.outer = False, 0, OuterOptimizer()
         self.stage = int(settings["zero_optimization"]["stage"])
         self.name = f"DeepSpeed ZeRO-{self.stage} ({world.backend})"
@@ -120,6 +122,12 @@ class DeepSpeedEngine:
 
     def token_losses(self, live: TrainState, batch: Batch) -> Tensor:
         return token_losses(live.model, on_device(batch, self.world.device))
+
+    def trained_entries(self, entries: Sequence[Entry]) -> list[Entry]:
+        return list(entries)
+
+    def extra_state(self) -> dict[str, Tensor]:
+        return {}
 
     def release(self, live: TrainState) -> None:
         engine: Any = live.wrapped

@@ -5,15 +5,20 @@ world size x r, what trains in full is averaged too, and each process draws new 
 that the subspaces differ.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
+from relora.config import Config
+from relora.config.derived import schedule_of
 from relora.engines.base import TrainState
 from relora.engines.ddp import DDPEngine
+from relora.engines.entry import Entry, state_prefix
 from relora.engines.outer import OuterOptimizer
 from relora.engines.world import World
 from relora.method.lora import factor_names, lora_layers
@@ -34,6 +39,8 @@ class LocalSGDEngine(DDPEngine):
 
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> TrainState:
         self.is_apart = bool(lora_layers(model))
+        self.splits_masters = not self.is_apart  # each process merges into masters of its own
+        self.num_states = self.world.num_processes if self.is_apart else 1
         return super().prepare(model, build_optimizer)
 
     def begin(self, live: TrainState) -> None:
@@ -52,8 +59,43 @@ class LocalSGDEngine(DDPEngine):
             self.outer.anchor(name, parameter)
         return report
 
+    def trained_entries(self, entries: Sequence[Entry]) -> list[Entry]:
+        """Those of each process in turn, sent to all; the names of all but process 0 have a prefix."""
+
+        def fetch(entry: Entry, process_index: int) -> Tensor:
+            return self.world.broadcast(entry.fetch(), process_index)
+
+        own = list(entries)
+        if not self.is_apart:
+            return own
+        return own + [
+            replace(entry, name=state_prefix(index) + entry.name, fetch=partial(fetch, entry, index))
+            for index in range(1, self.world.num_processes)
+            for entry in own
+        ]
+
+    def extra_state(self) -> dict[str, Tensor]:
+        """The velocity and the anchors of the outer optimizer."""
+        return self.outer.tensors()
+
     def _wrapped(self, model: nn.Module) -> nn.Module:
         return model if self.is_apart else super()._wrapped(model)
+
+
+def resume_problems(config: Config, step: int, num_states: int, num_processes: int) -> list[str]:
+    """Why `num_processes` cannot resume from a checkpoint of `step`, in which `num_states` processes trained apart.
+
+    Between two restarts each process must get back what it trained; at a restart all hold the same but their draws.
+    """
+    schedule = schedule_of(config)
+    trains_apart = config.relora.sync == "restart" and schedule.stage(step) == "low_rank"
+    is_common = step == schedule.warm_start_steps or schedule.restart_due(step)
+    if not trains_apart or is_common or num_states == num_processes:
+        return []
+    return [
+        f"relora.sync = restart: the checkpoint of step {step} holds what {num_states} processes trained apart since "
+        f"the last restart, and the launcher started {num_processes}; resume with {num_states} up to the next restart"
+    ]
 
 
 class GatheringStore(TorchStore):

@@ -9,7 +9,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, distributed
 
-from relora.config import UserError
+from relora.config import raise_if_any
 from relora.engines.heartbeat import Heartbeat, agreed_name
 
 EngineKind = Literal["local", "fsdp2", "deepspeed"]
@@ -42,8 +42,8 @@ def launched_engine() -> EngineKind:
     return "deepspeed" if _is_set("ACCELERATE_USE_DEEPSPEED") else "local"
 
 
-def check_world(joined: int, wanted: int | None) -> None:
-    """Raise UserError if processes would train independent copies, or are not as many as the run wants."""
+def world_problems(joined: int, wanted: int | None) -> list[str]:
+    """Whether processes would train independent copies, or are not as many as the run wants."""
     launched, problems = launched_num_processes(), []
     if launched != joined:
         problems.append(
@@ -52,8 +52,7 @@ def check_world(joined: int, wanted: int | None) -> None:
         )
     if wanted is not None and wanted != launched:
         problems.append(f"training.num_processes = {wanted}: the launcher started {launched}")
-    if problems:
-        raise UserError(problems)
+    return problems
 
 
 def _is_set(variable: str) -> bool:
@@ -80,7 +79,7 @@ class World:
         self.process_index: int = self._joined.process_index
         device: torch.device = self._joined.device
         self.device = torch.device("cpu") if device.type == "cpu" else device
-        check_world(self.num_processes, wanted)
+        raise_if_any(world_problems(self.num_processes, wanted))
         is_alone = self.num_processes == 1
         self._watch = None if is_alone else Heartbeat(self.process_index, self.num_processes, agreed_name())
         if self._watch is not None:

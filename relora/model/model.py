@@ -36,6 +36,14 @@ def load_hf_config(section: ModelSection) -> PretrainedConfig:
     return config
 
 
+def read_hf_config(section: ModelSection, task: object) -> tuple[PretrainedConfig | None, list[str]]:  # noqa: ARG001
+    """The Hugging Face config of the model, or what is wrong with it."""
+    try:
+        return load_hf_config(section), []
+    except UserError as error:
+        return None, error.problems
+
+
 def said_of(section: ModelSection) -> str:
     """The key that the model comes from, with its value where that is short."""
     if section.name_or_path is not None:

@@ -65,7 +65,7 @@ class RunTracker:
     def __init__(self, folder: RunFolder, state: State, *, total: int, hparams: Mapping[str, Any]) -> None:
         """`state` is what the run goes on from."""
         self._folder = folder
-        start = None if state.stage is None else state.clock.step
+        start = None if state.stage is None else state.step
         cut_metrics(folder.metrics, after_step=start, cycle=state.cycle)
         self._metrics = MetricsFile(folder.metrics)
         self._board = SummaryWriter(str(folder.tensorboard), purge_step=0 if start is None else start + 1)

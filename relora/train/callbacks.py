@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from relora.checkpoint.master_weights import exact_weights
 from relora.checkpoint.save import Checkpoints
-from relora.checkpoint.state import Clock, State
+from relora.checkpoint.state import State
 from relora.config import Config
 from relora.data import PreparedData, eval_batches, probe_batch
 from relora.engines import Engine, TrainState
@@ -52,20 +52,19 @@ class Callbacks:
     stage_start: Mapping[str, Tensor]
     about: Mapping[str, Any]
 
-    def __call__(self, clock: Clock) -> None:
-        step = clock.step
+    def __call__(self, step: int, skipped: int) -> None:
         self._restart_or_probe(step)
         if self._evaluation_due(step):
             self._evaluate(step)
         if self._save_due(step):
-            self._save(clock)
+            self._save(step, skipped)
 
     def is_due(self, step: int) -> bool:
         """Whether there is anything to be done at this step."""
         due = (self._restart_due, self._probe_due, self._evaluation_due, self._save_due)
         return any(is_due(step) for is_due in due)
 
-    def stop(self, clock: Clock, seconds_left: float) -> bool:
+    def stop(self, step: int, skipped: int, seconds_left: float) -> bool:
         """End before the time: a checkpoint, if there is time for one. An evaluation waits for the resume.
 
         Returns:
@@ -74,8 +73,8 @@ class Callbacks:
         [num_late] = self.engine.world.sum([float(seconds_left < self.checkpoints.expected_seconds())])
         if num_late:
             return False
-        self._restart_or_probe(clock.step)
-        self._save(clock, evaluated=not self._evaluation_due(clock.step))
+        self._restart_or_probe(step)
+        self._save(step, skipped, evaluated=not self._evaluation_due(step))
         return True
 
     def catch_up(self, state: State) -> None:
@@ -84,10 +83,10 @@ class Callbacks:
         A run now extended made no restart at its old end, where none was due; one that was stopped left the
         evaluation for later.
         """
-        if self.stage.is_low_rank and self.schedule.restarts_done(state.clock.step) > state.cycle:
-            self._restart(state.clock.step)
+        if self.stage.is_low_rank and self.schedule.restarts_done(state.step) > state.cycle:
+            self._restart(state.step)
         if not state.evaluated:
-            self._evaluate(state.clock.step)
+            self._evaluate(state.step)
 
     def _restart_due(self, step: int) -> bool:
         return self.stage.is_low_rank and self.schedule.restart_due(step)
@@ -162,14 +161,15 @@ class Callbacks:
                 )
             self.tracker.text(f"sample/{number}", text, step)
 
-    def _save(self, clock: Clock, *, evaluated: bool = True) -> None:
-        self.tracker.sync(clock.step)
+    def _save(self, step: int, skipped: int, *, evaluated: bool = True) -> None:
+        self.tracker.sync(step)
         self.checkpoints.save(
             self.live,
             self.engine,
-            clock,
+            step,
+            skipped=skipped,
             stage=self.stage.name,
-            cycle=self.schedule.restarts_done(clock.step),
+            cycle=self.schedule.restarts_done(step),
             about={**self.about, "evaluated": evaluated},
         )
 

@@ -9,9 +9,8 @@ whose loss or gradient is not finite is not made there, nor are those behind it;
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from relora.checkpoint.state import Clock
 from relora.config import Config
 from relora.engines import Batch, Engine, Queued, TrainState, Update, read
 from relora.method.optimizer import set_learning_rate
@@ -24,6 +23,20 @@ MAX_SKIPPED_IN_A_ROW = 10
 MOST_QUEUED = 32  # updates whose batches wait in host memory; a wait for the device after so many costs nothing
 
 
+@dataclass(frozen=True)
+class Clock:
+    """Batches consumed, and how many of them were skipped."""
+
+    step: int
+    skipped: int
+
+    def applied(self) -> "Clock":
+        return replace(self, step=self.step + 1)
+
+    def after_skip(self) -> "Clock":
+        return Clock(self.step + 1, self.skipped + 1)
+
+
 class NotFiniteError(RuntimeError):
     """Too many updates in a row whose loss or gradient was not finite."""
 
@@ -33,7 +46,7 @@ class Loop:
     """What the loop works with.
 
     Attributes:
-        batches: for each update in turn this rank's micro-batches, from the clock's `samples_seen` on.
+        batches: for each update in turn this rank's micro-batches, from the step on.
         arrive: called at least at each step where something is due: restart, evaluation, checkpoint.
         due: whether anything is at a step.
         asked: whether this process has been asked to stop.
@@ -45,11 +58,11 @@ class Loop:
     live: TrainState
     tracker: Tracker
     batches: Iterator[Sequence[Batch]]
-    arrive: Callable[[Clock], None]
+    arrive: Callable[[int, int], None]
     due: Callable[[int], bool]
     asked: StopRequest
 
-    def run(self, clock: Clock, *, until: int, arrive_at_end: bool) -> tuple[Clock, bool]:
+    def run(self, step: int, skipped: int, *, until: int, arrive_at_end: bool) -> tuple[int, int, bool]:
         """Update until the clock stands at step `until`, or some rank has been asked to stop.
 
         Args:
@@ -61,26 +74,25 @@ class Loop:
         Raises:
             NotFiniteError: 10 updates in a row had to be skipped.
         """
-        meter, skipped = Meter(self.engine, self.live, self.config), 0
+        clock, meter, in_a_row = Clock(step, skipped), Meter(self.engine, self.live, self.config), 0
         unused = deque[Sequence[Batch]]()
         while clock.step < until:
             # What is queued behind an update that is not made is not made either: after one, each is looked at.
-            end = clock.step + 1 if skipped else self._next_look(clock.step, until)
+            end = clock.step + 1 if in_a_row else self._next_look(clock.step, until)
             taken, queued = self._queue(clock, unused, meter, end=end)
             updates = read(queued)
             meter.waited(len(updates))
             for update in updates:
-                clock, skipped = self._count(clock, update, skipped)
+                clock, in_a_row = self._count(clock, update, in_a_row)
             unused.extendleft(reversed(taken[len(updates) :]))
-            if skipped:
-                continue
-            self._log(clock, updates[-1], meter)
+            if not in_a_row:
+                self._log(clock, updates[-1], meter)
             if queued[-1].stop and clock.step < until:
-                return clock, True
+                return clock.step, clock.skipped, True
             if clock.step < until or arrive_at_end:
-                self.arrive(clock)
+                self.arrive(clock.step, clock.skipped)
                 meter.restart_clock()
-        return clock, False
+        return clock.step, clock.skipped, False
 
     def _next_look(self, step: int, until: int) -> int:
         """The step up to which updates can be made without a look at what they measured."""
@@ -99,22 +111,23 @@ class Loop:
             taken.append(unused.popleft() if unused else next(self.batches))
             with meter.measured(len(taken[-1])):
                 queued.append(self._update(clock, taken[-1], after=queued[-1] if queued else None))
-            clock = clock.applied(self._num_samples)
+            clock = clock.applied()
         return taken, queued
 
     def _update(self, clock: Clock, batches: Sequence[Batch], *, after: Queued | None) -> Queued:
         set_learning_rate(self.live.optimizer, self.schedule.rate(clock.step))
         seed = self.config.seed
         seeds = [
-            micro_batch_seed(seed, clock.samples_seen, self.engine.world.process_index, i) for i in range(len(batches))
+            micro_batch_seed(seed, clock.step * self._num_samples, self.engine.world.process_index, i)
+            for i in range(len(batches))
         ]
         return self.engine.update(self.live, batches, seeds=seeds, stop=self.asked.signal is not None, after=after)
 
     def _count(self, clock: Clock, update: Update, skipped: int) -> tuple[Clock, int]:
         """The clock after this update, and how many in a row were skipped."""
         if update.applied:
-            return clock.applied(self._num_samples), 0
-        clock = clock.skipped(self._num_samples)
+            return clock.applied(), 0
+        clock = clock.after_skip()
         self._tell_skipped(clock, update, skipped + 1)
         return clock, skipped + 1
 
@@ -129,8 +142,8 @@ class Loop:
             return
         line = {
             "step": clock.step,
-            "samples_seen": clock.samples_seen,
-            "tokens": clock.samples_seen * config.data.sequence_length,
+            "skipped": clock.skipped,
+            "tokens": clock.step * self._num_samples * config.data.sequence_length,
             "loss": update.loss,
             "learning_rate": self.schedule.rate(clock.step - 1),
             "grad_norm": update.grad_norm,
@@ -149,7 +162,7 @@ class Loop:
 
     def _tell_skipped(self, clock: Clock, update: Update, skipped: int) -> None:
         told = (
-            f"step {clock.step}: the batch ending at sample {clock.samples_seen} was skipped, its loss is "
+            f"step {clock.step}: the batch ending at sample {clock.step * self._num_samples} was skipped, its loss is "
             f"{update.loss} and its gradient norm {update.grad_norm}"
         )
         self.tracker.say(told)

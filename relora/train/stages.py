@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 
 from relora.checkpoint.master_weights import place_masters
-from relora.checkpoint.state import Clock, State
-from relora.checkpoint.weights import Handover, first_weights, load_weights
+from relora.checkpoint.state import State
+from relora.checkpoint.weights import ModelWeights, first_weights, load_weights
 from relora.config import Config
 from relora.config.derived import lora_config
 from relora.engines import Engine, TrainState
@@ -63,13 +63,13 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
     if stage.is_low_rank and state.stage != stage.name and config.relora.carry_residual:
         begin_carried(live.model, seed=config.seed, store=engine.store)
     if state.stage == stage.name:
-        _load_codes(live, state, engine.store)
+        _load_quantized(live, state, engine.store)
         _load_optimizer(live, state, engine.store)
-        if state.share != engine.draw_index:
+        if state.state_index != engine.draw_index:
             _draw_own(live, state.cycle, config, engine)
-    for name, tensor in state.outer.items():
+    for name, tensor in state.extra.items():
         engine.outer.load(name, tensor.to(engine.world.device))
-    if not state.outer:
+    if not state.extra:
         engine.begin(live)
     return live
 
@@ -87,10 +87,10 @@ def make_trainable(model: PreTrainedModel, stage: Stage, config: Config, *, draw
     model.train()
 
 
-def switch(live: TrainState, engine: Engine, clock: Clock) -> State:
+def switch(live: TrainState, engine: Engine, step: int, skipped: int) -> State:
     """What a stage hands to the next: its weights. The optimizer, the gradients and the hooks stay behind."""
     engine.release(live)
-    return State(clock=clock, stage="full_rank", weights=Handover(live.model, engine.store))
+    return State(step, skipped, stage="full_rank", weights=ModelWeights(live.model, engine.store))
 
 
 def freeze_untrained(model: nn.Module, trainable: str | None) -> None:
@@ -136,10 +136,10 @@ def optimizer_for(model: nn.Module, config: Config) -> Optimizer:
     )
 
 
-def _load_codes(live: TrainState, state: State, store: Store) -> None:
+def _load_quantized(live: TrainState, state: State, store: Store) -> None:
     """What the model computes with; where factors carry the rest of the exact W it does not follow from the master."""
     parameters: Mapping[str, nn.Parameter] = named_parameters(live.model)
-    for name, codes in state.codes.items():
+    for name, codes in state.quantized.items():
         for part in store.local_copies(parameters[name]).values():
             part.values.copy_(part.of(codes))
 
@@ -151,4 +151,5 @@ def _load_optimizer(live: TrainState, state: State, store: Store) -> None:
         store.make_state(live.optimizer, parameter, {slot: Slot.of(values) for slot, values in moments.items()})
         for slot, values in moments.items():
             store.write_slot(live.optimizer, parameter, slot, values)
-        store.write_step(live.optimizer, parameter, state.steps[name])
+        if name in state.steps:  # an optimizer may keep no count
+            store.write_step(live.optimizer, parameter, state.steps[name])

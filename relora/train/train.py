@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -15,11 +15,12 @@ import relora
 from relora.checkpoint.load import last_step, open_stage_start
 from relora.checkpoint.run_folder import RunFolder
 from relora.checkpoint.save import Checkpoints, write_stage_start
-from relora.checkpoint.state import Clock, State
+from relora.checkpoint.state import State
 from relora.config import Config, UserError, raise_if_any
 from relora.config.derived import derived_numbers
 from relora.data import micro_batches
 from relora.engines import Engine, TrainState, World, connect, is_first
+from relora.errors import Stopped
 from relora.files import write_json
 from relora.method.parameter_report import describe_routes, parameter_report
 from relora.model.model import attention_problems, num_label_tokens
@@ -27,8 +28,9 @@ from relora.tracking.tracker import RunTracker, SilentTracker, Tracker
 from relora.train.callbacks import Callbacks
 from relora.train.finish import finish, is_finished
 from relora.train.loop import Loop
-from relora.train.run import Run, newest_state, open_run
-from relora.train.signals import Stopped, StopRequest, stop_signals
+from relora.train.preflight import preflight
+from relora.train.run import Run, newest_state
+from relora.train.signals import StopRequest, stop_signals
 from relora.train.stages import Stage, build, stages, switch
 
 
@@ -46,10 +48,10 @@ def train(config: Config, *, dry_run: bool = False, extend: bool = False) -> Non
     _quiet_libraries()
     folder = RunFolder(Path(config.output_dir))
     with _reason_in_status(folder, ours=not folder.is_run and not dry_run):
-        job = open_run(config, extend=extend)
+        job = preflight(config, extend=extend)
     if dry_run:
         return _train(job, _rehearse)
-    with folder.held() if is_first() else nullcontext(), _reason_in_status(folder, ours=True):
+    with folder.locked() if is_first() else nullcontext(), _reason_in_status(folder, ours=True):
         return _train(job, run)
 
 
@@ -87,7 +89,7 @@ def run(job: Run, engine: Engine, state: State) -> None:
     with closing(tracker), stop_signals() as asked:
         kept = Kept(engine, tracker, checkpoints, asked)
         for stage in stages(job.schedule):
-            if state.clock.step < stage.end:
+            if state.step < stage.end:
                 state = _run_stage(stage, state, job=job, kept=kept)
     if writes:
         print(finish(job), flush=True)
@@ -110,7 +112,7 @@ def _run_stage(stage: Stage, state: State, *, job: Run, kept: Kept) -> State:
     Raises:
         Stopped: some rank was asked to stop. A checkpoint has been written, if there was time for one.
     """
-    engine, clock, begins = kept.engine, state.clock, state.stage != stage.name
+    engine, begins = kept.engine, state.stage != stage.name
     live = build(stage, state, config=job.config, hf_config=job.hf_config, engine=engine)
     with engine.inference(live):
         raise_if_any(attention_problems(live.model, job.vocab_size, document_mask=job.config.data.document_mask))
@@ -121,11 +123,11 @@ def _run_stage(stage: Stage, state: State, *, job: Run, kept: Kept) -> State:
         torch.cuda.reset_peak_memory_stats(engine.world.device)
     arrival = _begin(stage, live, is_new=begins, job=job, kept=kept)
     if begins:
-        arrival(clock)
+        arrival(state.step, state.skipped)
     else:
         arrival.catch_up(state)
     is_last = stage.end == job.schedule.max_steps
-    batches = _batches(job, clock, engine.world)
+    batches = _batches(job, state.step, engine.world)
     loop = Loop(
         config=job.config,
         schedule=job.schedule,
@@ -138,17 +140,17 @@ def _run_stage(stage: Stage, state: State, *, job: Run, kept: Kept) -> State:
         asked=kept.asked,
     )
     with closing(batches):  # ends the processes that read ahead
-        clock, stops = loop.run(clock, until=stage.end, arrive_at_end=is_last)
+        step, skipped, stops = loop.run(state.step, state.skipped, until=stage.end, arrive_at_end=is_last)
         if stops:
-            _stop(arrival, clock, kept, job)
-    return State(clock=clock, stage=stage.name) if is_last else switch(live, engine, clock)
+            _stop(arrival, step, skipped, kept, job)
+    return State(step, skipped, stage=stage.name) if is_last else switch(live, engine, step, skipped)
 
 
-def _batches(job: Run, clock: Clock, processes: World) -> Generator[list[dict[str, Tensor]], None, None]:
+def _batches(job: Run, step: int, processes: World) -> Generator[list[dict[str, Tensor]], None, None]:
     training = job.config.training
     return micro_batches(
         job.data.samples(job.config.data, job.config.seed),
-        start=clock.samples_seen,
+        start=step * training.global_batch_size,
         global_batch_size=training.global_batch_size,
         per_device_batch_size=training.per_device_batch_size,
         process_index=processes.process_index,
@@ -158,12 +160,12 @@ def _batches(job: Run, clock: Clock, processes: World) -> Generator[list[dict[st
     )
 
 
-def _stop(arrival: Callbacks, clock: Clock, kept: Kept, job: Run) -> NoReturn:
+def _stop(arrival: Callbacks, at: int, skipped: int, kept: Kept, job: Run) -> NoReturn:
     """End the run in order. The status is on the disk before any rank leaves: launchers then end the others."""
-    saved = arrival.stop(clock, kept.asked.seconds_left())
+    saved = arrival.stop(at, skipped, kept.asked.seconds_left())
     why = "asked to stop" if kept.asked.signal is None else f"{kept.asked.signal.name} came"
-    step = clock.step if saved else last_step(job.folder.checkpoints)
-    reason = f"{why}: ended after update {clock.step}; goes on from step {step}"
+    step = at if saved else last_step(job.folder.checkpoints)
+    reason = f"{why}: ended after update {at}; goes on from step {step}"
     if kept.engine.world.process_index == 0:
         job.folder.write_status("preempted", step=step, reason=reason)
     raise Stopped(reason)
@@ -195,7 +197,7 @@ def _begin(stage: Stage, live: TrainState, *, is_new: bool, job: Run, kept: Kept
 
 def _rehearse(job: Run, engine: Engine, state: State) -> None:
     """Build the stage that comes next and run one forward pass."""
-    stage = next((s for s in stages(job.schedule) if state.clock.step < s.end), stages(job.schedule)[-1])
+    stage = next((s for s in stages(job.schedule) if state.step < s.end), stages(job.schedule)[-1])
     live = build(stage, state, config=job.config, hf_config=job.hf_config, engine=engine)
     samples = job.data.samples(job.config.data, job.config.seed)
     batch = samples.__getitems__(range(job.config.training.per_device_batch_size))
@@ -210,7 +212,7 @@ def _agree(job: Run, engine: Engine, state: State) -> None:
     """UserError if the processes hold other data or settings, or would go on from another state."""
     if not engine.world.all_equal(job.data.manifest.content_hash):
         raise UserError(["data: the processes of this launch hold different prepared data; compare the sources"])
-    here = [job.about["fingerprint"], job.config.training.per_device_batch_size, state.stage, asdict(state.clock)]
+    here = [job.about["fingerprint"], job.config.training.per_device_batch_size, state.stage, state.step, state.skipped]
     if not engine.world.all_equal(json.dumps(here)):
         raise UserError(
             [
@@ -233,7 +235,7 @@ def _announce(job: Run, engine: Engine, state: State) -> None:
     if training.method == "full":
         print("training.method = full: the settings of relora and lora are not used")
     if state.stage is not None:
-        print(f"going on from step {state.clock.step}, sample {state.clock.samples_seen}")
+        print(f"going on from step {state.step}")
 
 
 def _open_folder(job: Run, engine: Engine, state: State) -> None:
@@ -243,7 +245,7 @@ def _open_folder(job: Run, engine: Engine, state: State) -> None:
     job.folder.write_config(settings, identity=job.identity, numbers=numbers)
     job.data.tokenizer().save_pretrained(job.folder.tokenizer)
     if not is_finished(job):
-        job.folder.write_status("running", step=state.clock.step)
+        job.folder.write_status("running", step=state.step)
 
 
 def _routes(live: TrainState, config: Config) -> str:

@@ -17,7 +17,7 @@ from relora.engines import base as torch_engine
 from relora.files import sha256_of
 from relora.train import loop
 from relora.train.loop import Loop
-from relora.train.run import open_run
+from relora.train.preflight import preflight
 from relora.train.train import train
 from tests.helpers.tiny import metrics
 
@@ -151,7 +151,7 @@ def test_a_bad_batch_changes_nothing_for_updates_that_are_queued(
     tiny_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, logging_steps: int
 ) -> None:
     token_losses = torch_engine.token_losses
-    samples = open_run(check(settings_of(tiny_run, "one"))).data.samples(check(settings_of(tiny_run, "one")).data, 0)
+    samples = preflight(check(settings_of(tiny_run, "one"))).data.samples(check(settings_of(tiny_run, "one")).data, 0)
     bad_ids = torch.stack([samples[BATCH * number + 1]["input_ids"] for number in BAD])
 
     def poisoned(model: Any, batch: Any) -> Tensor:

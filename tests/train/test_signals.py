@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from relora.train.signals import EXIT_STOPPED, SAME_REQUEST_S, STOP_SIGNALS, stop_signals
+from relora.errors import EXIT_STOPPED
+from relora.train.signals import SAME_REQUEST_S, STOP_SIGNALS, stop_signals
 from tests.helpers.programs import ROOT
 
 # The module by itself: with its package the programs would load torch.
@@ -97,7 +98,7 @@ def test_a_second_signal_ends_the_process_wherever_it_is(stuck: str) -> None:
         process.terminate()
         code, _, complained = rest(process)
     assert code == EXIT_STOPPED == 143
-    assert complained == "relora: SIGTERM came, the second signal: ended at once\n"
+    assert complained == "relora: received a second signal (SIGTERM): exiting immediately\n"
 
 
 def test_two_signals_in_quick_succession_are_one_request() -> None:
