@@ -27,9 +27,9 @@ import torch
 from peaks import MIB, in_fresh_process, phase
 from tables import Limit, options_of, publish
 
-from relora.checkpoint.load import complete_checkpoints, open_checkpoint, verify_checkpoint
+from relora.checkpoint.load import checkpoint_problems, complete_checkpoints, open_checkpoint
 from relora.checkpoint.save import Checkpoints
-from relora.checkpoint.state import Clock, State
+from relora.checkpoint.state import State
 from relora.config import Config, check
 from relora.engines import Engine, TrainState, connect
 from relora.model.model import load_hf_config
@@ -109,7 +109,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         forget(newest)
         read(newest, timings[READ])
         forget(newest)
-        timed(timings[VERIFY], lambda: verify_checkpoint(newest), lambda: num_bytes)
+        timed(timings[VERIFY], lambda: checkpoint_problems(newest), lambda: num_bytes)
         timed(timings[BUILD], lambda: build(STAGE, open_checkpoint(newest), **how), lambda: num_bytes)
     engine.world.close()
     return {"rows": [timing.row(name) for name, timing in timings.items()], "largest": largest}
@@ -122,12 +122,12 @@ def save_all(
     checkpoints = Checkpoints(folder, limit=2, writes=True)
     ids = torch.randint(live.model.config.vocab_size, (1, min(64, config.data.sequence_length)))
     for number in range(1, 2 * rounds + 1):
-        clock, cycle = Clock(number, number), (number + 1) // 2
+        cycle = (number + 1) // 2
         assert not engine.update(live, [{"input_ids": ids, "labels": ids}], seeds=[0], stop=False).failed
 
-        def save(clock: Clock = clock, cycle: int = cycle) -> None:
+        def save(step: int = number, cycle: int = cycle) -> None:
             about = {"fingerprint": "", "data": ""}
-            checkpoints.save(live, engine, clock, stage="relora", cycle=cycle, about=about)
+            checkpoints.save(live, engine, step, skipped=0, stage="low_rank", cycle=cycle, about=about)
 
         timed(timings[FIRST if number % 2 else LATER], save, lambda: written_bytes(complete_checkpoints(folder)[-1]))
         if number % 2:

@@ -64,14 +64,15 @@ def go_on(configs: list[str]) -> None:
     """In each process of a launch: finish several runs one after the other, in one process group."""
     from relora.config import load_config
     from relora.engines import connect
-    from relora.train.run import newest_state, open_run
+    from relora.train.preflight import preflight
+    from relora.train.run import newest_state
     from relora.train.train import run
 
     engine = connect(load_config(configs[0]))
     for config in configs:
-        job = open_run(load_config(config))
+        job = preflight(load_config(config))
         state = newest_state(job)
-        assert state.clock.step == STOP, f"{config}: goes on from {state.clock.step}"
+        assert state.step == STOP, f"{config}: goes on from {state.clock.step}"
         run(job, engine, state)
     engine.world.close()
 

@@ -70,7 +70,7 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
 
     from relora.checkpoint.load import complete_checkpoints, open_checkpoint
     from relora.checkpoint.save import Checkpoints
-    from relora.checkpoint.state import Clock, State
+    from relora.checkpoint.state import State
     from relora.config import check
     from relora.engines import connect
     from relora.model.model import load_hf_config
@@ -93,9 +93,9 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
     with peaks.phase() as table["update, full rank"]:
         update(engine, live, batch)
     with peaks.phase() as table["save, full rank"]:
-        checkpoints.save(live, engine, Clock(1, 1), stage="warm_start", cycle=0, about=about)
+        checkpoints.save(live, engine, 1, skipped=0, stage="full_rank", cycle=0, about=about)
     with peaks.phase() as table["switch to low rank"]:
-        state = switch(live, engine, Clock(2, 2))
+        state = switch(live, engine, 2, 0)
         del live
         live = build(low, state, **how)
         del state
@@ -105,7 +105,7 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
     with peaks.phase() as table["restart"]:
         engine.restart(live, seed=0, index=1)
     with peaks.phase() as table["save, low rank"]:
-        checkpoints.save(live, engine, Clock(3, 3), stage="relora", cycle=1, about=about)
+        checkpoints.save(live, engine, 3, skipped=0, stage="low_rank", cycle=1, about=about)
     engine.world.barrier()
     engine.release(live)
     del live

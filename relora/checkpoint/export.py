@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from relora.checkpoint.format import TEMPORARY_PREFIX
 from relora.files import publish_folder
 
 
@@ -20,25 +21,22 @@ def export_model(
     files: Mapping[str, str],
 ) -> None:
     """Write `model` (plain, not wrapped), its tokenizer and text `files` to `folder`, whole or not at all."""
-    draft = folder.with_name(f".draft-{folder.name}")
-    shutil.rmtree(draft, ignore_errors=True)
+    temporary = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
     model.to(dtype)
     model.config.use_cache = True
+    settings: Any
     for settings in (model.config, model.generation_config):
-        _name_special_tokens(settings, tokenizer)
-    model.save_pretrained(draft)
-    tokenizer.save_pretrained(draft)
+        # A config from scratch does not know the tokenizer, and generation would not end at its EOS.
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            token_id = getattr(tokenizer, name)
+            if token_id is not None:
+                setattr(settings, name, token_id)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
     for name, text in files.items():
-        (draft / name).write_text(text, encoding="utf-8")
-    publish_folder(draft, folder)
-
-
-def _name_special_tokens(settings: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """A config from scratch knows nothing of the tokenizer, and generation would not end at its EOS."""
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        own = getattr(tokenizer, name)
-        if own is not None:
-            setattr(settings, name, own)
+        (temporary / name).write_text(text, encoding="utf-8")
+    publish_folder(temporary, folder)
 
 
 def model_card(name: str, *, results: Mapping[str, Any], settings: str) -> str:

@@ -1,34 +1,41 @@
-"""Reading checkpoints: whole, damaged or absent is settled before anything is built from them."""
+"""Read checkpoints. Whether one is complete, damaged or absent is settled before anything is built from it."""
 
+import json
 from collections.abc import Iterator, Mapping, Set
-from functools import cached_property
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from safetensors import safe_open
 from torch import Tensor
 
-from relora.checkpoint.state import Clock, State
+from relora.checkpoint.format import (
+    BASE,
+    BUFFERS,
+    EXTRA,
+    FORMAT,
+    MANIFEST,
+    MOMENTS,
+    PER_PROCESS,
+    QUANTIZED,
+    QUANTIZED_SUFFIX,
+    TRAINED,
+    Manifest,
+    TensorManifest,
+    format_problem,
+)
+from relora.checkpoint.state import State
 from relora.config import UserError
+from relora.engines.entry import STATE_PREFIX, state_prefix
 from relora.files import sha256_of
-from relora.method.choices import StageName
-
-FORMAT: Literal[1] = 1
-MANIFEST = "MANIFEST.json"
-# Groups of files whose tensors differ from process to process where these train apart, and what the names of
-# all but the first one's begin with.
-OWN, OTHERS = ("trained", "moments"), "rank-"
-# Other groups than these are weights. Frozen weights stand beside their codes: a name and a suffix.
-GROUPS, CODES = ("weights", "codes", "moments", "outer"), ":codes"
 
 
-class Tensors(Mapping[str, Tensor]):
+class TensorFiles(Mapping[str, Tensor]):
     """Tensors on disk by name, read one at a time when asked for.
 
     Args:
-        files: the file of each tensor, by the name that it has there.
-        prefix, suffix: what those names begin and end with and these do not, where they do.
+        files: the file of each tensor, by its name in the file.
+        prefix, suffix: cut off from those names.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, str], *, prefix: str = "", suffix: str = "") -> None:
@@ -55,19 +62,15 @@ class Tensors(Mapping[str, Tensor]):
         return self[name]
 
 
-class Moments(Mapping[str, Mapping[str, Tensor]]):
-    """Optimizer moments on disk: parameter name -> slot -> tensor, stored as `name:slot`."""
+class MomentFiles(Mapping[str, Mapping[str, Tensor]]):
+    """Optimizer moments on disk, stored as `<parameter>:<slot>`: parameter -> slot -> tensor."""
 
-    def __init__(self, tensors: Tensors) -> None:
+    def __init__(self, tensors: TensorFiles) -> None:
         self.tensors = tensors
-
-    @cached_property
-    def slots(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for key in self.tensors:
+        self.slots: dict[str, list[str]] = {}
+        for key in tensors:
             name, _, slot = key.rpartition(":")
-            found.setdefault(name, []).append(slot)
-        return found
+            self.slots.setdefault(name, []).append(slot)
 
     def __getitem__(self, name: str) -> Mapping[str, Tensor]:
         return {slot: self.tensors[f"{name}:{slot}"] for slot in self.slots[name]}
@@ -89,41 +92,31 @@ def last_step(folder: Path) -> int:
     return max((int(path.name.removeprefix("step-")) for path in complete_checkpoints(folder)), default=0)
 
 
-class FileFacts(BaseModel):
-    """One file of a checkpoint: the group of tensors it belongs to, and what it must be."""
-
-    group: str
-    bytes: int
-    sha256: str
-
-
-class Weights(BaseModel):
-    """A manifest of tensors: the files, and in which of them each tensor is."""
-
-    format: Literal[1] = FORMAT
-    files: dict[str, FileFacts]
-    tensors: dict[str, str]
+def format_problems(folder: Path) -> list[str]:
+    """One line if the newest complete checkpoint in `folder` has a format that this version does not read."""
+    for newest in complete_checkpoints(folder)[-1:]:
+        try:
+            content = json.loads((newest / MANIFEST).read_bytes())
+        except (OSError, ValueError):
+            continue  # damage is reported when the manifest is read
+        if isinstance(content, dict) and "format" in content and content["format"] != FORMAT:
+            return [format_problem(newest, content["format"])]
+    return []
 
 
-class Manifest(Weights):
-    """The manifest of a checkpoint. `fingerprint` and `data` say of which run and which data.
+def checkpoint_problems(folder: Path) -> list[str]:
+    """One line for the first file of a checkpoint whose size or hash is not that of its manifest.
 
-    `num_shares` processes trained parameters of their own when it was written; 1 if all trained the same.
+    Raises:
+        UserError: the manifest cannot be read.
     """
-
-    num_shares: int = 1
-    evaluated: bool = True
-
-    step: int
-    samples_seen: int
-    stage: StageName
-    cycle: int
-    steps: dict[str, float]
-    fingerprint: str
-    data: str
-
-
-AnyManifest = TypeVar("AnyManifest", bound=Weights)
+    for name, facts in read_manifest(folder).files.items():
+        path = folder / name
+        if not path.is_file():
+            return [_unreadable(folder, f"{name} is missing")]
+        if path.stat().st_size != facts.bytes or sha256_of(path) != facts.sha256:
+            return [_unreadable(folder, f"{name} is not what was written (size or hash differs)")]
+    return []
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -131,69 +124,66 @@ def read_manifest(folder: Path) -> Manifest:
     return _read(folder, Manifest)
 
 
-def _read(folder: Path, kind: type[AnyManifest]) -> AnyManifest:
-    try:
-        return kind.model_validate_json((folder / MANIFEST).read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        if first["loc"] == ("format",) and first["type"] == "literal_error":
-            raise UserError([f"{folder}: checkpoint format {first['input']}, this version reads {FORMAT}"]) from None
-        where = ".".join(str(part) for part in first["loc"])
-        raise _unreadable(folder, f"{MANIFEST} is damaged ({f'{where}: ' if where else ''}{first['msg']})") from None
-    except OSError as error:
-        raise _unreadable(folder, f"{MANIFEST} cannot be read ({error.strerror})") from None
-
-
-def open_checkpoint(folder: Path, *, share: int = 0) -> State:
-    """The state in a checkpoint folder; tensors are read when asked for. UserError if a file is missing.
+def open_checkpoint(folder: Path, *, state_index: int = 0) -> State:
+    """The state in a checkpoint folder; its tensors are read when asked for.
 
     Args:
-        share: whose parameters, of several processes that trained apart.
+        state_index: the process whose parameters are wanted, of several that trained apart.
+
+    Raises:
+        UserError: the manifest cannot be read.
     """
-    manifest = read_manifest(folder)
-    prefix, groups = share_prefix(share), {group: dict[str, str]() for group in GROUPS}
+    manifest, prefix = read_manifest(folder), state_prefix(state_index)
+    groups: dict[str, dict[str, str]] = {BASE: {}, QUANTIZED: {}, BUFFERS: {}, TRAINED: {}, MOMENTS: {}, EXTRA: {}}
     for name, file in manifest.tensors.items():
-        kind = file.partition("-")[0]
-        if kind not in OWN or name.startswith(prefix or OTHERS) == bool(prefix):
-            groups[kind if kind in groups else "weights"][name] = file
+        group = file.partition("-")[0]  # base-00002-00001.safetensors
+        # "process-1/..." is wanted by process 1 alone, a plain name by process 0 alone.
+        if group not in PER_PROCESS or name.startswith(prefix or STATE_PREFIX) == bool(prefix):
+            groups[group][name] = file
+    weights = groups[BASE] | groups[BUFFERS] | groups[TRAINED]
     return State(
-        clock=Clock(manifest.step, manifest.samples_seen),
+        step=manifest.step,
+        skipped=manifest.skipped,
         stage=manifest.stage,
         cycle=manifest.cycle,
-        evaluated=manifest.evaluated,
-        share=share,
-        weights=Tensors(folder, groups["weights"], prefix=prefix),
-        codes=Tensors(folder, groups["codes"], suffix=CODES),
-        moments=Moments(Tensors(folder, groups["moments"], prefix=prefix)),
-        outer=Tensors(folder, groups["outer"]),
+        weights=TensorFiles(folder, weights, prefix=prefix),
+        quantized=TensorFiles(folder, groups[QUANTIZED], suffix=QUANTIZED_SUFFIX),
+        moments=MomentFiles(TensorFiles(folder, groups[MOMENTS], prefix=prefix)),
         steps=manifest.steps,
+        evaluated=manifest.evaluated,
+        state_index=state_index,
+        extra=TensorFiles(folder, groups[EXTRA]),
     )
 
 
-def open_shares(folder: Path) -> list[State]:
-    """The states of all processes that trained apart, or the one of all."""
-    return [open_checkpoint(folder, share=share) for share in range(read_manifest(folder).num_shares)]
+def open_states(folder: Path) -> list[State]:
+    """The states of all processes that trained apart, or the one that is common to all."""
+    return [open_checkpoint(folder, state_index=index) for index in range(read_manifest(folder).num_states)]
 
 
-def share_prefix(share: int) -> str:
-    """How the names begin of what only the process of this rank trained; the first has plain names."""
-    return f"{OTHERS}{share}/" if share else ""
-
-
-def open_stage_start(folder: Path) -> Tensors:
+def open_stage_start(folder: Path) -> TensorFiles:
     """The wrapped weights at the beginning of the low-rank stage, by canonical name."""
-    return Tensors(folder, _read(folder, Weights).tensors)
+    return TensorFiles(folder, _read(folder, TensorManifest).tensors)
 
 
-def verify_checkpoint(folder: Path) -> None:
-    """UserError that names the first file whose size, hash or form is not what the manifest says."""
-    for name, facts in read_manifest(folder).files.items():
-        path = folder / name
-        if not path.is_file():
-            raise _unreadable(folder, f"{name} is missing")
-        if path.stat().st_size != facts.bytes or sha256_of(path) != facts.sha256:
-            raise _unreadable(folder, f"{name} is not what was written (size or hash differs)")
+AnyManifest = TypeVar("AnyManifest", bound=TensorManifest)
 
 
-def _unreadable(folder: Path, reason: str) -> UserError:
-    return UserError([f"checkpoint {folder}: {reason}; remove the folder to go on from the checkpoint before it"])
+def _read(folder: Path, kind: type[AnyManifest]) -> AnyManifest:
+    """MANIFEST.json as `kind`; UserError that says what is wrong with it."""
+    try:
+        return kind.model_validate_json((folder / MANIFEST).read_bytes())
+    except ValidationError as error:
+        # The format is the first field: where it is not ours, what else is wrong follows from it.
+        first = error.errors()[0]
+        if first["loc"] == ("format",) and first["type"] == "literal_error":
+            raise UserError([format_problem(folder, first["input"])]) from None
+        key = ".".join(str(part) for part in first["loc"])
+        reason = f"{MANIFEST} is damaged ({f'{key}: ' if key else ''}{first['msg']})"
+    except OSError as error:
+        reason = f"{MANIFEST} cannot be read ({error.strerror})"
+    raise UserError([_unreadable(folder, reason)])
+
+
+def _unreadable(folder: Path, reason: str) -> str:
+    return f"checkpoint {folder}: {reason}; remove the folder to resume from the checkpoint before it"

@@ -1,10 +1,12 @@
-"""The run folder: what run it holds, and how far it is."""
+"""The run folder: which run it holds, and how far it has come."""
 
 import json
+import os
+import socket
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 import relora
-from relora.checkpoint.load import complete_checkpoints
+from relora.checkpoint.format import FORMAT, format_problem
+from relora.checkpoint.load import complete_checkpoints, format_problems
 from relora.config import Config, UserError
 from relora.config.derived import fingerprint
 from relora.config.yaml12 import dump, parse
@@ -21,46 +24,26 @@ from relora.files import write_json, write_text
 Status = Literal["running", "finished", "preempted", "failed"]
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """Names of what is in a run folder."""
+    """The places in a run folder, its lock, its status and its configuration."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def tensorboard(self) -> Path:
-        return self.path / "tensorboard"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def stage_start(self) -> Path:
-        return self.path / "stage_start"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer"
-
-    @property
-    def final(self) -> Path:
-        return self.path / "final"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config = path / "config.yaml"
+        self.status = path / "status.json"
+        self.metrics = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.stage_start = path / "stage_start"
+        self.tokenizer = path / "tokenizer"
+        self.final = path / "final"
 
     @property
     def is_run(self) -> bool:
         return self.config.is_file()
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def locked(self) -> Iterator[None]:
         """Only one run at a time trains in the folder; UserError for the second."""
         self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / ".lock")
@@ -74,46 +57,55 @@ class RunFolder:
             lock.release()
 
     def write_status(self, status: Status, *, step: int, reason: str | None = None) -> None:
-        write_json(self.path / "status.json", {"status": status, "step": step, "reason": reason})
+        """Replace status.json; the time is that of now, in UTC."""
+        facts: dict[str, Any] = {"status": status, "step": step, "reason": reason}
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        write_json(self.status, facts | {"time": time, "pid": os.getpid(), "host": socket.gethostname()})
 
     def last_step(self) -> int:
-        """The step that status.json tells, 0 without one."""
-        path = self.path / "status.json"
-        return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.is_file() else 0
+        """The step in status.json, 0 without one."""
+        return int(json.loads(self.status.read_text(encoding="utf-8"))["step"]) if self.status.is_file() else 0
 
     def write_config(self, config: Config, *, identity: Mapping[str, Any], numbers: Mapping[str, Any]) -> None:
-        """The resolved configuration, which itself can be trained again, and what follows from it."""
-        facts = {
+        """Write the resolved configuration, which itself can be trained again, and what follows from it."""
+        derived = {
+            "format": FORMAT,
             "fingerprint": fingerprint(dict(identity)),
             "code_version": code_version(),
             "numbers": dict(numbers),
             "identity": json.loads(json.dumps(dict(identity))),
         }
-        tree = config.model_dump(mode="json") | {"derived": facts}
-        write_text(self.config, dump(tree))
-
-    def written_identity(self) -> dict[str, Any]:
-        """What run the folder holds. UserError if config.yaml cannot be read."""
-        try:
-            identity = parse(self.config.read_text(encoding="utf-8"))["derived"]["identity"]
-        except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-            raise UserError([f"{self.config}: is not a run's configuration ({error})"]) from None
-        return dict(identity)
+        write_text(self.config, dump(config.model_dump(mode="json") | {"derived": derived}))
 
 
-def same_run_problems(folder: RunFolder, identity: Mapping[str, Any], *, extend: bool) -> list[str]:
-    """Why `folder` cannot go on as the run `identity`: one line a key that differs; empty if it can."""
-    if folder.path.exists() and not folder.path.is_dir():
-        return [f"output_dir = {folder.path}: is a file"]
+def run_folder_problems(folder: RunFolder, identity: Mapping[str, Any] | None, *, extend: bool) -> list[str]:
+    """Why the run `identity` cannot resume in `folder`: one line for each key that differs; empty if it can.
+
+    Args:
+        identity: None while it is not known, as the model's config cannot be read: other problems only.
+        extend: a larger training.max_steps is no difference.
+    """
     if not folder.is_run or not (complete_checkpoints(folder.checkpoints) or folder.final.exists()):
-        return []  # nothing that could be gone on from, or be lost
-    there, here = _flat(folder.written_identity()), _flat(json.loads(json.dumps(dict(identity))))
-    return [
-        line
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-        for line in _difference(folder, key, there.get(key), here.get(key), extend=extend)
-    ]
+        return []  # nothing to resume from, and nothing to lose
+    try:
+        derived = parse(folder.config.read_text(encoding="utf-8"))["derived"]
+        identity_there = dict(derived["identity"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        return [f"{folder.config}: is not a run's configuration ({error})"]
+    old_format = format_problems(folder.checkpoints)
+    if not old_format and "format" not in derived:
+        old_format = [format_problem(folder.path, 1)]  # relora 0.1 wrote no number here
+    if old_format or identity is None:
+        return old_format
+    there, here = _flat(identity_there), _flat(json.loads(json.dumps(dict(identity))))
+    problems = []
+    for key in sorted(there.keys() | here.keys()):
+        old, new = there.get(key), here.get(key)
+        is_longer = key == "training.max_steps" and isinstance(old, int) and isinstance(new, int) and new > old
+        if old != new and not (is_longer and extend):
+            line = f"output_dir = {folder.path}: holds another run: {key} is {old} there and {new} here"
+            problems.append(f"{line}; --extend resumes with the longer one" if is_longer else line)
+    return problems
 
 
 def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -122,13 +114,6 @@ def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in identity.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def _difference(folder: RunFolder, key: str, there: Any, here: Any, *, extend: bool) -> list[str]:
-    line = f"output_dir = {folder.path}: holds another run: {key} is {there} there and {here} here"
-    if key == "training.max_steps" and isinstance(there, int) and isinstance(here, int) and here > there:
-        return [] if extend else [f"{line}; --extend goes on with the longer one"]
-    return [line]
 
 
 def code_version() -> str:

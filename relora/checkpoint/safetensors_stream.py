@@ -1,18 +1,18 @@
 """safetensors files written tensor by tensor.
 
-The library writes what is in memory all at once. Here a tensor is put together from the ranks, written, and let
-go of before the next: https://huggingface.co/docs/safetensors (format). Reading is the library's.
+The library writes tensors that are all in memory at once. Here each is collected from the processes, written, and
+released before the next. Format: https://huggingface.co/docs/safetensors. Reading is left to the library.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 import torch
-from torch import Tensor
+
+from relora.engines.entry import Entry
 
 _DTYPES = {
     torch.float64: "F64",
@@ -28,25 +28,6 @@ _DTYPES = {
 }
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One tensor to be written. `fetch` is called when its turn comes, by every rank."""
-
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-    fetch: Callable[[], Tensor]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.shape.numel() * self.dtype.itemsize
-
-
-def entry_of(name: str, tensor: Tensor) -> Entry:
-    """An entry for a tensor that is there already."""
-    return Entry(name, tensor.shape, tensor.dtype, lambda: tensor)
-
-
 def write_tensors(path: Path, entries: Sequence[Entry]) -> str:
     """Write a safetensors file and return its sha256."""
     digest = hashlib.sha256()
@@ -58,18 +39,20 @@ def write_tensors(path: Path, entries: Sequence[Entry]) -> str:
 
 
 def _header(entries: Sequence[Entry]) -> bytes:
+    """Its length in 8 bytes, then JSON with dtype, shape and place of each tensor, padded to whole 8 bytes."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    start = 0
     for entry in entries:
-        places = [at, at + entry.num_bytes]
-        header[entry.name] = {"dtype": _DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": places}
-        at += entry.num_bytes
+        end = start + entry.num_bytes
+        header[entry.name] = {"dtype": _DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def _contents(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
+    """The bytes of one tensor after another."""
     for entry in entries:
         values = entry.fetch().detach()
         assert (values.shape, values.dtype) == (entry.shape, entry.dtype), entry.name

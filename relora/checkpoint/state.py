@@ -1,11 +1,11 @@
 """The canonical state of a run: engine-independent names and full shapes.
 
-A resume, the switch between two stages, a change of engine and of the number of processes are one path:
-state -> build -> go on.
+A start, a resume, the switch between two stages, a change of engine or of the number of processes are one path:
+state -> build -> train.
 """
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -13,33 +13,22 @@ from torch import Tensor
 from relora.method.choices import StageName
 
 
-@dataclass(frozen=True)
-class Clock:
-    """The one clock. `step` counts applied updates, `samples_seen` also moves for a skipped batch."""
-
-    step: int = 0
-    samples_seen: int = 0
-
-    def applied(self, samples: int) -> "Clock":
-        return replace(self, step=self.step + 1, samples_seen=self.samples_seen + samples)
-
-    def skipped(self, samples: int) -> "Clock":
-        return replace(self, samples_seen=self.samples_seen + samples)
-
-
 class Weights(Protocol):
-    """Tensors by canonical name, full shapes. Where ranks pass them on to each other taking one is collective."""
+    """Tensors by canonical name, in full shapes."""
 
     @property
     def names(self) -> Set[str]:
-        """What there is."""
+        """The names of all tensors."""
 
     def take(self, name: str) -> Tensor:
-        """One tensor. Every rank takes each once, all in the same order: what was taken may be let go of."""
+        """One tensor, once: it may be released when it has been taken.
+
+        Collective where processes send tensors to each other: all take all of them, in the same order.
+        """
 
 
-class Held:
-    """Weights in memory."""
+class InMemoryWeights:
+    """Weights in memory, each released when it is taken."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
@@ -54,27 +43,30 @@ class Held:
 
 @dataclass(frozen=True)
 class State:
-    """Everything a run needs to go on.
+    """Everything that a run needs to resume.
 
     Attributes:
-        stage: the stage that makes the next update; None before anything was built.
+        step: batches consumed so far.
+        skipped: how many of them were skipped, as their loss or gradient was not finite.
+        stage: the stage of the next update; None before anything was built.
         cycle: restarts that the weights have behind them.
         weights: parameters and buffers by canonical name, full shapes.
-        codes: for the name of a frozen weight that is stored as codes, these codes as they are stored.
-        moments: for a parameter's name its optimizer moments by slot, full shapes; empty after a switch.
-        steps: for a parameter's name Adam's step count.
+        quantized: by parameter name the int8 or nf4 values, as stored, of frozen weights.
+        moments: by parameter name the optimizer moments by slot, full shapes; empty after a switch.
+        steps: by parameter name the optimizer's step count; none for an optimizer without one.
         evaluated: whether the evaluation that was due at this step, if any, has been made.
-        share: the rank whose weights these are, where processes train apart.
-        outer: state of the outer optimizer of processes that train apart.
+        state_index: the process whose weights these are, where processes train apart.
+        extra: state of the engine by name, as of `Engine.extra_state`.
     """
 
-    clock: Clock = Clock()
+    step: int = 0
+    skipped: int = 0
     stage: StageName | None = None
     cycle: int = 0
-    weights: Weights = field(default_factory=lambda: Held({}))
-    codes: Mapping[str, Tensor] = field(default_factory=dict)
+    weights: Weights = field(default_factory=lambda: InMemoryWeights({}))
+    quantized: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     steps: Mapping[str, float] = field(default_factory=dict)
     evaluated: bool = True
-    share: int = 0
-    outer: Mapping[str, Tensor] = field(default_factory=dict)
+    state_index: int = 0
+    extra: Mapping[str, Tensor] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""A model out of a state: the one way from canonical tensors to modules, for training and for export."""
+"""From canonical tensors to a model, for training and for export."""
 
 from collections.abc import Sequence, Set
 from dataclasses import replace
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from relora.checkpoint.state import Held, State, Weights
+from relora.checkpoint.state import InMemoryWeights, State, Weights
 from relora.config import Config, ModelSection, UserError
 from relora.engines.world import World
 from relora.method.inject import inject_lora, merge_lora
@@ -19,8 +19,8 @@ from relora.model.model import build_model, empty_model, skeleton
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Buffers that belong to the model's state (not caches such as rotary tables), by canonical name."""
-    kept = model.state_dict().keys()
-    return {canonical(name): buffer for name, buffer in model.named_buffers() if name in kept}
+    persistent = model.state_dict().keys()
+    return {canonical(name): buffer for name, buffer in model.named_buffers() if name in persistent}
 
 
 @torch.no_grad()
@@ -34,21 +34,21 @@ def load_weights(model: nn.Module, weights: Weights, store: Store, *, factors: b
         UserError: the names or shapes of the state are not those of the model.
     """
     parameters, buffers = named_parameters(model), persistent_buffers(model)
-    kept = set() if factors else factor_names(model)
-    wanted = [name for name in (*parameters, *buffers) if name not in kept]
+    left_alone = set() if factors else factor_names(model)
+    wanted = [name for name in (*parameters, *buffers) if name not in left_alone]
     differing = sorted(set(wanted) ^ weights.names)
     if differing:
         raise UserError([f"the saved state is of another model: {len(differing)} names differ, such as {differing[0]}"])
     for name in wanted:
-        parameter, values = parameters.get(name), weights.take(name)
-        shape = buffers[name].shape if parameter is None else store.shape(parameter)
+        values = weights.take(name)
+        shape = buffers[name].shape if name in buffers else store.shape(parameters[name])
         if values.shape != shape:
             there, here = tuple(values.shape), tuple(shape)
             raise UserError([f"the saved state is of another model: {name} is {there} there, {here} here"])
-        if parameter is None:
+        if name in buffers:
             buffers[name].copy_(values)
         else:
-            store.write(parameter, values)
+            store.write(parameters[name], values)
 
 
 def merged_model(
@@ -57,17 +57,18 @@ def merged_model(
     """The plain model in float32 on the CPU that computes what the run computes.
 
     Args:
-        states: the state of the run; of each process where they train apart, of whose models this is the mean.
+        states: the state of the run, or of each of the processes that train apart: the result is their mean.
     """
     models = (_merged(state, section, hf_config, lora) for state in states)
     mean = next(models)
-    for number, model in enumerate(models, start=2):
+    for count, model in enumerate(models, start=2):
         for parameter, other in zip(mean.parameters(), model.parameters(), strict=True):
-            parameter.data.lerp_(other.data, 1 / number)
+            parameter.data.lerp_(other.data, 1 / count)  # the mean of `count` models
     return mean.eval()
 
 
 def _merged(state: State, section: ModelSection, hf_config: PretrainedConfig, lora: LoRAConfig) -> PreTrainedModel:
+    """The plain model of one state."""
     model = empty_model(section, hf_config)
     if state.stage == "low_rank":
         inject_lora(model, replace(lora, base_dtype=None))  # a checkpoint holds the exact weights
@@ -77,19 +78,29 @@ def _merged(state: State, section: ModelSection, hf_config: PretrainedConfig, lo
     return model
 
 
-class FromFirst(Held):
-    """Weights that rank 0 holds in memory; taking one sends it to all."""
+def first_weights(config: Config, hf_config: PretrainedConfig, world: World) -> "BroadcastWeights":
+    """The weights that a run begins with, drawn or downloaded by process 0 alone."""
+    if world.process_index == 0:
+        model = build_model(config.model, hf_config, seed=config.seed)
+    else:
+        model = skeleton(config.model, hf_config)
+    tensors = {name: parameter.detach() for name, parameter in named_parameters(model).items()}
+    return BroadcastWeights(tensors | persistent_buffers(model), world)
 
-    def __init__(self, tensors: dict[str, Tensor], processes: World) -> None:
+
+class BroadcastWeights(InMemoryWeights):
+    """Weights in the memory of process 0; taking one sends it to all."""
+
+    def __init__(self, tensors: dict[str, Tensor], world: World) -> None:
         super().__init__(tensors)
-        self.world = processes
+        self.world = world
 
     def take(self, name: str) -> Tensor:
         return self.world.broadcast(super().take(name), 0)
 
 
-class Handover:
-    """The weights of a stage that has ended, each let go of once the next stage has it."""
+class ModelWeights:
+    """The weights of a model whose stage has ended, each released when it is taken."""
 
     def __init__(self, model: nn.Module, store: Store) -> None:
         self.store = store
@@ -102,13 +113,3 @@ class Handover:
 
     def take(self, name: str) -> Tensor:
         return self.buffers.pop(name) if name in self.buffers else self.store.read(self.parameters.pop(name))
-
-
-def first_weights(config: Config, hf_config: PretrainedConfig, processes: World) -> FromFirst:
-    """The weights that a run begins with, drawn or downloaded by rank 0 alone."""
-    if processes.process_index == 0:
-        model = build_model(config.model, hf_config, seed=config.seed)
-    else:
-        model = skeleton(config.model, hf_config)
-    tensors = {name: parameter.detach() for name, parameter in named_parameters(model).items()}
-    return FromFirst(tensors | persistent_buffers(model), processes)

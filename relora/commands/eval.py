@@ -7,7 +7,7 @@ from torch import Tensor
 
 from relora.commands.load_model import load, run_of
 from relora.config import Config, UserError, raise_if_any
-from relora.data import check_amount, eval_batches, unigram_entropy
+from relora.data import amount_problems, eval_batches, unigram_entropy
 from relora.data import prepare as prepare_tokens
 from relora.engines import Batch
 from relora.model.model import vocab_size_of
@@ -65,7 +65,7 @@ def held_out(run_or_model: str, config: Config | None = None) -> HeldOut:
         tokenizer=tokenizer.name_or_path if config is None else settings.data.tokenizer or settings.model.name_or_path,
         trust_remote_code=settings.model.trust_remote_code,
     )
-    raise_if_any(check_amount(data, settings.data))
+    raise_if_any(amount_problems(data, settings.data))
     batch_size = settings.training.per_device_eval_batch_size or settings.training.per_device_batch_size
     batches = eval_batches(data, settings.data, batch_size=batch_size)
     loss, labels = summed_losses(lambda batch: _loss(model, batch, task, settings), batches)

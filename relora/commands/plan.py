@@ -14,7 +14,8 @@ from relora.forecast.engine_costs import ENGINES, EngineName, Launch
 from relora.forecast.forecast import Forecast, forecast
 from relora.forecast.memory import RESERVED_SHARE, StageMemory
 from relora.model.model import load_hf_config
-from relora.train.run import check_model
+from relora.model.tasks import task_of
+from relora.train.preflight import model_problems
 
 MIB = 2**20
 TITLES = {"full_rank": "full rank", "low_rank": "low rank"}
@@ -37,7 +38,7 @@ def plan(
     raise_if_any([*_option_problems(device_gib, json_path), *_batch_problems(config, launch)])
     hf_config = load_hf_config(config.model)
     here = config.model_copy(update={"model": kernel_known_here(config.model)})
-    raise_if_any(check_model(here, hf_config))
+    raise_if_any(model_problems(here, hf_config, task_of(here)))
     seen = forecast(here, hf_config, launch, device_gib=device_gib)
     print("\n".join(page(seen)))
     if json_path is not None:

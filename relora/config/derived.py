@@ -44,6 +44,15 @@ def accumulation_steps(config: Config, num_processes: int) -> int:
     return whole // (part * num_processes)
 
 
+def batch_problems(config: Config, num_processes: int) -> list[str]:
+    """One line if the global batch does not divide into per-device batches over `num_processes` processes."""
+    try:
+        accumulation_steps(config, num_processes)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
 def lora_config(config: Config) -> LoRAConfig:
     """The method's settings; `auto` is settled by whether the model is pretrained."""
     lora, pretrained = config.lora, config.model.name_or_path is not None

@@ -14,13 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from relora.config.schema import DataSection, SourceSection
 from relora.data.local_files import (
     STDLIB,
-    check_files,
     find_files,
     is_configured_folder,
     is_local,
     split_names,
     stdlib_files,
     stdlib_folder,
+)
+from relora.data.local_files import (
+    problems as file_problems,
 )
 from relora.data.manifest import FORMAT_VERSION
 from relora.data.sources import READING_ERRORS, root_cause
@@ -34,7 +36,7 @@ def checked_tokenizer(
     data: DataSection, *, vocab_size: int, tokenizer: str | None, trust_remote_code: bool
 ) -> PreTrainedTokenizerBase | None:
     """The given tokenizer, None if one is to be trained. Raises UserError: all that is wrong with it and the files."""
-    problems = check_files(data)
+    problems = file_problems(data)
     given = None
     try:
         if tokenizer is not None:

@@ -39,7 +39,7 @@ class PreparedData:
 
     def samples(self, data: DataSection, seed: int) -> Samples:
         """The training samples in the order of `seed`. Raises UserError if there is too little data."""
-        problems = check_amount(self, data)
+        problems = amount_problems(self, data)
         if problems:
             raise UserError(problems)
         return Samples(
@@ -71,7 +71,7 @@ def open_prepared(folder: Path) -> PreparedData:
     return PreparedData(folder, manifest)
 
 
-def check_amount(prepared: PreparedData, data: DataSection) -> list[str]:
+def amount_problems(prepared: PreparedData, data: DataSection) -> list[str]:
     """A line for each source too small for one training row, and one if nothing can be evaluated."""
     length = data.sequence_length
     problems = [

@@ -91,15 +91,15 @@ def is_local(path: str) -> bool:
     return looks_like_files or name.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
 
 
-def check_files(data: DataSection) -> list[str]:
+def problems(data: DataSection) -> list[str]:
     """One line for each source that can be seen to be wrong without reading it."""
-    problems = []
+    found = []
     for number, source in enumerate(data.sources):
         try:
             check_source(source)
         except ValueError as problem:
-            problems.append(f"data.sources[{number}].path = {source.path!r}: {problem}")
-    return problems
+            found.append(f"data.sources[{number}].path = {source.path!r}: {problem}")
+    return found
 
 
 def check_source(source: SourceSection) -> None:

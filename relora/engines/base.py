@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora.data import Batch
+from relora.engines.entry import Entry
 from relora.engines.world import World
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
@@ -107,10 +108,9 @@ class Engine(ABC):
         """Tensors beside weights and optimizer state that a checkpoint needs, by name."""
         return {}
 
-    def state_of(self, index: int, fetch: Callable[[], Tensor]) -> Tensor:
-        """What `fetch` returns on process `index`, one of `num_states`; called by all processes."""
-        assert index == 0, "all processes train the same parameters"
-        return fetch()
+    def trained_entries(self, entries: Sequence[Entry]) -> list[Entry]:
+        """The entries of a checkpoint for this process's `entries`; those of all processes where they train apart."""
+        return list(entries)
 
     def update(self, state: TrainState, batches: Sequence[Batch], *, seeds: Sequence[int], stop: bool) -> Update:
         """Forward and backward over this process's micro-batches, clip, and one step of the optimizer.

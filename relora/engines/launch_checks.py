@@ -3,10 +3,10 @@
 import os
 
 from relora.config import Config
-from relora.config.derived import accumulation_problems
+from relora.config.derived import batch_problems
 from relora.engines import local_sgd
 from relora.engines.deepspeed_config import deepspeed_problems
-from relora.engines.world import launched_engine, launched_num_processes, world_problems
+from relora.engines.world import launched_engine, world_problems
 from relora.method.optimizer import optimizer_problems
 
 # Variables by which accelerate passes on what a launch asks for, and relora has no engine for.
@@ -19,9 +19,9 @@ UNSUPPORTED_SIZES = {
 }
 
 
-def problems(config: Config) -> list[str]:
-    """Why this launch would not train as the launcher's environment and the configuration say, one line each."""
-    num_processes, engine = launched_num_processes(), launched_engine()
+def problems(config: Config, num_processes: int) -> list[str]:
+    """Why a launch of `num_processes` would not train as the launcher's environment and the configuration say, one line each."""
+    engine = launched_engine()
     return [
         *_unsupported_launches(),
         *(deepspeed_problems(config, num_processes) if engine == "deepspeed" else []),
@@ -29,7 +29,7 @@ def problems(config: Config) -> list[str]:
         *optimizer_problems(config.optim.name, whole_parameters=engine == "ddp"),
         *local_sgd.launch_problems(config, engine),
         *world_problems(num_processes, config.training.num_processes),
-        *accumulation_problems(config, num_processes),
+        *batch_problems(config, num_processes),
     ]
 
 

@@ -6,8 +6,9 @@ own, so that their subspaces differ. LoRA-the-Explorer, arXiv 2402.16828; the ou
 2311.08105, Algorithm 1.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, distributed, nn
@@ -17,6 +18,7 @@ from relora.config import Config
 from relora.config.derived import schedule_of
 from relora.engines.base import TrainState
 from relora.engines.ddp import DDPEngine
+from relora.engines.entry import Entry, state_prefix
 from relora.engines.world import World
 from relora.method.lora import factor_names, lora_layers
 from relora.method.names import named_parameters
@@ -131,8 +133,15 @@ class LocalSGDEngine(DDPEngine):
     def extra_state(self) -> dict[str, Tensor]:
         return self._outer.tensors()
 
-    def state_of(self, index: int, fetch: Callable[[], Tensor]) -> Tensor:
-        return self.world.broadcast(fetch(), index)
+    def trained_entries(self, entries: Sequence[Entry]) -> list[Entry]:
+        def fetch(entry: Entry, index: int) -> Tensor:
+            return self.world.broadcast(entry.fetch(), index)
+
+        return [
+            replace(entry, name=state_prefix(index) + entry.name, fetch=partial(fetch, entry, index))
+            for index in range(self.num_states)
+            for entry in entries
+        ]
 
     def restart(self, state: TrainState, **settings: object) -> RestartReport:
         report = super().restart(state, **settings)  # type: ignore[arg-type]
@@ -183,7 +192,7 @@ def launch_problems(config: Config, engine: str) -> list[str]:
     return []
 
 
-def resume_problems(config: Config, *, step: int, num_states: int, num_processes: int) -> list[str]:
+def resume_problems(config: Config, step: int, num_states: int, num_processes: int) -> list[str]:
     """Message if a checkpoint cannot be resumed by so many processes.
 
     Between two restarts processes that train apart must be as many as they were.

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -117,6 +118,20 @@ def _tied(model: nn.Module, wanted: list[str]) -> list[str]:
         for name, ties in shared.items()
         if len(ties) > 1
     ]
+
+
+def problems(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """All that keeps `inject_lora` from wrapping and saving what `config` names, a line each."""
+    found, saved = [], config.modules_to_save
+    try:
+        find_modules(model, () if saved is None or saved == "rest" else saved)
+    except ValueError as error:
+        found, config = str(error).splitlines(), replace(config, modules_to_save=None)
+    try:
+        find_targets(model, config)
+    except ValueError as error:
+        found += str(error).splitlines()
+    return found
 
 
 def inject_lora(

@@ -1,4 +1,4 @@
-"""Held-out loss: the sum of token losses over the label tokens, over all ranks."""
+"""Held-out loss: the sum of token losses over the number of label tokens, of all processes together."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -9,14 +9,14 @@ from relora.engines import Batch, Engine, TrainState
 from relora.model.model import num_label_tokens
 
 
-def held_out_loss(live: TrainState, engine: Engine, batches: Iterable[Batch]) -> float:
-    """Mean loss per label token in nats, over the batches of all ranks together. Dropout is off.
+def held_out_loss(train_state: TrainState, engine: Engine, batches: Iterable[Batch]) -> float:
+    """Mean loss per label token in nats, over the batches of all processes. Dropout is off.
 
     Args:
-        batches: this rank's share, the same number of batches on every rank.
+        batches: those of this process, equally many on every process.
     """
-    with engine.inference(live):
-        sums = summed_losses(lambda batch: engine.token_losses(live, batch), batches)
+    with engine.inference(train_state):
+        sums = summed_losses(lambda batch: engine.token_losses(train_state, batch), batches)
     total, count = engine.world.sum(sums)
     return total / count
 

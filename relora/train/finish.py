@@ -1,11 +1,11 @@
-"""The end of a run: the final model, and one summary that says where everything is."""
+"""The end of a run: the final model, and a summary that says where everything is."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from relora.checkpoint.export import export_model, model_card
-from relora.checkpoint.load import MANIFEST, complete_checkpoints, open_shares
+from relora.checkpoint.format import MANIFEST
+from relora.checkpoint.load import complete_checkpoints, open_states, read_manifest
 from relora.checkpoint.weights import merged_model
 from relora.config import UserError
 from relora.config.derived import lora_config
@@ -18,90 +18,67 @@ from relora.train.run import Run
 RESULTS = "relora.json"
 
 
-def is_finished(job: Run) -> bool:
+def is_finished(run: Run) -> bool:
     """Whether `final/` is the model of the newest checkpoint, and that one of the last step."""
-    checkpoints = complete_checkpoints(job.folder.checkpoints)
     try:
-        written = json.loads((job.folder.final / RESULTS).read_text(encoding="utf-8"))
-        return bool(
-            written["step"] == job.schedule.max_steps and written["checkpoint_sha256"] == _hash_of(checkpoints[-1])
-        )
+        newest = complete_checkpoints(run.folder.checkpoints)[-1]
+        written = json.loads((run.folder.final / RESULTS).read_text(encoding="utf-8"))
+        is_newest = written["checkpoint_sha256"] == sha256_of(newest / MANIFEST)
+        return bool(is_newest and written["step"] == run.schedule.max_steps)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return False  # not there, damaged, or of another run: it is written again
 
 
-def finish(job: Run) -> str:
-    """Write `final/` from the last checkpoint, unless it is there, and return the summary."""
-    results = measured(job)
-    if not is_finished(job):
-        checkpoint = complete_checkpoints(job.folder.checkpoints)[-1]
-        model = merged_model(open_shares(checkpoint), job.config.model, job.hf_config, lora_config(job.config))
-        settings = dump(job.config.model_dump(mode="json"))
-        card = model_card(job.folder.path.name, results=results, settings=settings)
+def finish(run: Run) -> str:
+    """Write `final/` from the newest checkpoint, unless it is there, and return the summary."""
+    results = run_results(run)
+    if not is_finished(run):
+        newest = complete_checkpoints(run.folder.checkpoints)[-1]
+        model = merged_model(open_states(newest), run.config.model, run.hf_config, lora_config(run.config))
+        settings = dump(run.config.model_dump(mode="json"))
         files = {
-            "README.md": card,
-            RESULTS: json.dumps(results | {"checkpoint_sha256": _hash_of(checkpoint)}, indent=1),
+            "README.md": model_card(run.folder.path.name, results=results, settings=settings),
+            RESULTS: json.dumps(results | {"checkpoint_sha256": sha256_of(newest / MANIFEST)}, indent=1),
         }
-        export_model(model, job.data.tokenizer(), job.folder.final, files=files)
-    job.folder.write_status("finished", step=job.schedule.max_steps)
-    return summary(job, results)
+        export_model(model, run.data.tokenizer(), run.folder.final, files=files)
+    run.folder.write_status("finished", step=run.schedule.max_steps)
+    return summary(run, results)
 
 
-def measured(job: Run) -> dict[str, Any]:
-    """What the run came to, from its metrics."""
-    lines = read_metrics(job.folder.metrics)
-    evaluations = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+def run_results(run: Run) -> dict[str, Any]:
+    """The results of a finished run, from its metrics and its newest checkpoint.
+
+    Raises:
+        UserError: the metrics file lacks the evaluation at the last step.
+    """
+    step, training = run.schedule.max_steps, run.config.training
+    lines = read_metrics(run.folder.metrics)
+    eval_loss = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
     restarts = [line for line in lines if "restart" in line]
-    updates = [line for line in lines if "loss" in line]
-    if not updates or job.schedule.max_steps not in evaluations:
-        raise UserError([f"{job.folder.metrics}: the lines of the last step are missing; the run has lost its metrics"])
-    last = max(updates, key=lambda line: int(line["step"]))
+    if step not in eval_loss:
+        raise UserError(
+            [f"{run.folder.metrics}: the evaluation at step {step} is missing; the run has lost its metrics"]
+        )
     results: dict[str, Any] = {
-        "step": last["step"],
-        "tokens": last["tokens"],
-        "skipped_updates": last["samples_seen"] // job.config.training.global_batch_size - last["step"],
-        "eval_loss": evaluations[last["step"]],
-        "unigram_entropy": unigram_entropy(job.data, job.config.data),
+        "step": step,
+        "tokens": step * training.global_batch_size * run.config.data.sequence_length,
+        "skipped": read_manifest(complete_checkpoints(run.folder.checkpoints)[-1]).skipped,
+        "eval_loss": eval_loss[step],
+        "unigram_entropy": unigram_entropy(run.data, run.config.data),
     }
-    if job.schedule.has_low_rank_stage and job.schedule.warm_start_steps:
-        results["eval_loss_at_switch"] = evaluations[job.schedule.warm_start_steps]
+    if run.schedule.has_low_rank_stage and run.schedule.warm_start_steps:
+        results["eval_loss_at_switch"] = eval_loss[run.schedule.warm_start_steps]
     if restarts:
+        jumps = [abs(line["probe_loss_after"] - line["probe_loss_before"]) for line in restarts]
         results["restarts"] = len(restarts)
         results["merge_error"] = max(line["merge_error"] for line in restarts)
-        results["restart_jump"] = max(abs(r["probe_loss_after"] - r["probe_loss_before"]) for r in restarts)
-        results["rise_after_restart"] = _largest_rise(lines)
+        results["restart_jump"] = max(jumps)
+        results["rise_after_restart"] = largest_rise(lines)
     return results
 
 
-def summary(job: Run, results: dict[str, Any]) -> str:
-    """The last words of a run."""
-    folder, loss = job.folder, results["eval_loss"]
-    said = [
-        f"finished: {results['step']:,} updates, {results['tokens']:,} tokens",
-        f"held-out loss {loss:.4f} nats; the unigram entropy of the same tokens is {results['unigram_entropy']:.4f}, "
-        f"so context is worth {results['unigram_entropy'] - loss:+.4f} nats",
-    ]
-    if "eval_loss_at_switch" in results:
-        at_switch = results["eval_loss_at_switch"]
-        said.append(f"at the switch to low rank it was {at_switch:.4f}: {at_switch - loss:.4f} nats gained since")
-    if "restarts" in results:
-        said.append(
-            f"{results['restarts']} restarts; on one held-out batch they changed the loss by at most "
-            f"{results['restart_jump']:.1e}, and in the probed updates after them it rose by at most "
-            f"{results['rise_after_restart']:.4f}"
-        )
-    if results["skipped_updates"]:
-        said.append(f"{results['skipped_updates']} updates were skipped: their loss or gradient was not finite")
-    places = {"model": folder.final, "metrics": folder.metrics, "TensorBoard": folder.tensorboard}
-    return "\n".join([*said, *(f"{name + ':':<13}{place}" for name, place in places.items())])
-
-
-def _hash_of(checkpoint: Path) -> str:
-    return sha256_of(checkpoint / MANIFEST)
-
-
-def _largest_rise(lines: list[dict[str, Any]]) -> float:
-    """The largest probe loss after a restart over that just before it; 0 if none was higher."""
+def largest_rise(lines: list[dict[str, Any]]) -> float:
+    """The largest probe loss after a restart, less that just before it; 0 if none was higher."""
     before, rise = 0.0, 0.0
     for line in lines:
         if "restart" in line:
@@ -109,3 +86,26 @@ def _largest_rise(lines: list[dict[str, Any]]) -> float:
         elif "probe_loss" in line:
             rise = max(rise, line["probe_loss"] - before)
     return rise
+
+
+def summary(run: Run, results: dict[str, Any]) -> str:
+    """The end-of-run summary."""
+    loss, entropy = results["eval_loss"], results["unigram_entropy"]
+    lines = [
+        f"finished: {results['step']:,} updates, {results['tokens']:,} tokens",
+        f"held-out loss {loss:.4f} nats; the unigram entropy of the same tokens is {entropy:.4f}, so context is worth "
+        f"{entropy - loss:+.4f} nats",
+    ]
+    if "eval_loss_at_switch" in results:
+        at_switch = results["eval_loss_at_switch"]
+        lines.append(f"at the switch to low rank it was {at_switch:.4f}: {at_switch - loss:.4f} nats gained since")
+    if "restarts" in results:
+        lines.append(
+            f"{results['restarts']} restarts: the loss on one held-out batch changed by at most "
+            f"{results['restart_jump']:.1e} at a restart, and rose by at most {results['rise_after_restart']:.4f} in "
+            "the probed updates after it"
+        )
+    if results["skipped"]:
+        lines.append(f"{results['skipped']} updates were skipped: their loss or gradient was not finite")
+    places = {"model": run.folder.final, "metrics": run.folder.metrics, "TensorBoard": run.folder.tensorboard}
+    return "\n".join([*lines, *(f"{name + ':':<13}{place}" for name, place in places.items())])

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from relora.checkpoint.master_weights import place_masters
 from relora.checkpoint.state import State
-from relora.checkpoint.weights import ModelWeights, first_weights, load_weights
+from relora.checkpoint.weights import first_weights, load_weights, model_weights
 from relora.config import Config
 from relora.config.derived import lora_config
 from relora.engines import Engine, TrainState
@@ -52,12 +52,12 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
     """
     resumes = state.stage == stage.name
     # 1. The model as the stage trains it, still without values, and its optimizer, on the engine.
-    model = empty_model(config.model, hf_config, engine.task)
+    model = empty_model(config.model, hf_config)
     make_trainable(model, stage, config, draw_index=engine.draw_index)
     live = engine.prepare(model, lambda prepared: optimizer_for(prepared, config))
     place_masters(live.model, engine, folder=Path(config.output_dir) if config.lora.master == "disk" else None)
     # 2. Weights; the factors stay as they were drawn unless they come from this stage.
-    weights = first_weights(config, hf_config, engine) if state.stage is None else state.weights
+    weights = first_weights(config, hf_config, engine.world) if state.stage is None else state.weights
     load_weights(live.model, weights, engine.store, factors=resumes)
     if stage.is_low_rank and not resumes:
         start_factors(
@@ -72,7 +72,7 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
     if resumes:
         _load_quantized(live, state, engine.store)
         _load_optimizer(live, state, engine.store)
-    engine.begin(live, state.extra, cycle=state.cycle, draw_index=state.index if resumes else engine.draw_index)
+    engine.begin(live, state.extra, cycle=state.cycle, draw_index=state.state_index if resumes else engine.draw_index)
     return live
 
 
@@ -92,7 +92,7 @@ def make_trainable(model: PreTrainedModel, stage: Stage, config: Config, *, draw
 def switch(live: TrainState, engine: Engine, *, step: int, skipped: int) -> State:
     """The state that a stage passes to the next: its weights. Optimizer, gradients and hooks stay behind."""
     engine.release(live)
-    return State(step=step, skipped=skipped, stage="full_rank", weights=ModelWeights(live.model, engine.store))
+    return State(step=step, skipped=skipped, stage="full_rank", weights=model_weights(live.model, engine.store))
 
 
 def optimizer_for(model: nn.Module, config: Config) -> Optimizer:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from relora.config import UserError, check
 from relora.engines import base as torch_engine
 from relora.files import sha256_of
-from relora.train.run import open_run
+from relora.train.preflight import preflight
 from relora.train.train import train
 from tests.helpers.tiny import metrics, only
 
@@ -64,7 +64,7 @@ def test_resume_twice(whole: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_the_run_passes_through_every_epoch(whole: dict[str, Any]) -> None:
-    job = open_run(check(whole))
+    job = preflight(check(whole))
     rows = sum(stream.num_rows for stream in job.data.streams("train", 32))
     assert rows < 8 * 8, "the second epoch must begin before step 8, from which the tests above resume"
 
@@ -117,7 +117,7 @@ def test_a_skipped_batch_is_skipped_again(
     whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poisoned = torch_engine.token_losses
-    bad_ids = open_run(check(whole)).data.samples(check(whole).data, 0)[20]["input_ids"]
+    bad_ids = preflight(check(whole)).data.samples(check(whole).data, 0)[20]["input_ids"]
 
     def token_losses(model: Any, batch: Any) -> Any:
         loss = poisoned(model, batch)
@@ -127,8 +127,9 @@ def test_a_skipped_batch_is_skipped_again(
     tree = whole | {"output_dir": str(tmp_path / "skipping")}
     train(check(tree))
     lines = {line["step"]: line for line in metrics(tree["output_dir"]) if "loss" in line}
-    assert lines[2]["samples_seen"] == 2 * 8
-    assert lines[3]["samples_seen"] == 4 * 8, "the third batch moved only samples_seen"
+    assert lines[2]["skipped"] == 0
+    assert 3 not in lines, "the third batch was skipped"
+    assert lines[4]["skipped"] == 1
     again = stopped(tree, 2, tmp_path / "again")
     train(check(again))
     assert_same(again["output_dir"], tree["output_dir"])
@@ -140,5 +141,5 @@ def test_what_may_change_between_resumes(whole: dict[str, Any], tmp_path: Path) 
     train(check(tree | {"training": tree["training"] | changed}))
     ours = {line["step"]: line for line in metrics(tree["output_dir"]) if "loss" in line}
     theirs = {line["step"]: line for line in metrics(whole["output_dir"]) if "loss" in line}
-    assert ours[12]["samples_seen"] == theirs[12]["samples_seen"]
+    assert ours[12]["tokens"] == theirs[12]["tokens"]
     assert ours[12]["learning_rate"] == theirs[12]["learning_rate"]

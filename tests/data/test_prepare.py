@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from relora.data import check_amount, find_prepared, open_prepared, prepare
+from relora.data import amount_problems, find_prepared, open_prepared, prepare
 from relora.data import local_files as stdlib
 from relora.data import tokenize as writing
 from relora.data.split import is_held_out
@@ -233,7 +233,7 @@ def test_too_little_data_says_how_much_there_is(tmp_path, write, config, prepare
     b = write(tmp_path / "b.jsonl", ["some text that is long enough"] * 40)
     data = config(a, b, eval_fraction=1e-9)
     prepared = prepared_of(data)
-    first, second = check_amount(prepared, data)
+    first, second = amount_problems(prepared, data)
     assert "data.sources[0]" in first and "2 training tokens, fewer than one row" in first
     assert "sequence_length = 32" in first and "lower sequence_length" in first
     assert "data.eval_fraction = 1e-09: 0 held-out tokens in 0 documents" in second and "raise eval_fraction" in second

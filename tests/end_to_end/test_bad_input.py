@@ -161,7 +161,7 @@ def _no_model_is_built(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a model was built")
 
     for module, name in [
-        (relora.train, "build"),
+        (sys.modules["relora.train.train"], "build"),
         (relora.checkpoint.weights, "build_model"),
         (relora.train.stages, "empty_model"),
         (relora.commands.load_model, "merged_model"),
@@ -461,15 +461,15 @@ MODELS = {
     "parameters that stay random": Case(
         ["lora.modules_to_save=null"],
         [
-            "lora.modules_to_save = null: 5 parameters would keep their random values for ever, frozen and neither "
-            "wrapped nor pretrained: model.embed_tokens.weight, <...>"
+            "lora.modules_to_save = null: 5 parameters would stay at their random initialization: they are frozen, "
+            "not wrapped and not pretrained: model.embed_tokens.weight, <...>"
         ],
     ),
     "parameters that stay random under method full": Case(
         ["training.method=full", "training.trainable=q_proj"],
         [
-            "training.trainable = q_proj: 11 parameters would keep their random values for ever, frozen and neither "
-            "wrapped nor pretrained: model.embed_tokens.weight, <...>"
+            "training.trainable = q_proj: 11 parameters would stay at their random initialization: they are frozen, "
+            "not wrapped and not pretrained: model.embed_tokens.weight, <...>"
         ],
     ),
     "trainable that matches nothing": Case(
@@ -653,7 +653,7 @@ def test_run_folder_of_another_run_names_the_keys_that_differ(fails: Fails) -> N
 
 
 def test_longer_run_suggests_extend(fails: Fails) -> None:
-    line = "output_dir = run: holds another run: training.max_steps is 2 there and 3 here; --extend goes on <...>"
+    line = "output_dir = run: holds another run: training.max_steps is 2 there and 3 here; --extend resumes <...>"
     fails(["train", "c.yaml", "output_dir=run", "training.max_steps=3"], [line])
 
 
@@ -690,7 +690,7 @@ def test_data_changed_under_a_run(home: Path, fails: Fails) -> None:
 
 
 CHECKPOINT = Path("run/checkpoints/step-00000002")
-GO_ON = "; remove the folder to go on from the checkpoint before it"
+GO_ON = "; remove the folder to resume from the checkpoint before it"
 
 
 def _flip(path: Path) -> None:
@@ -726,12 +726,12 @@ DAMAGE: dict[str, tuple[Callable[[], Any], str]] = {
         f"checkpoint {CHECKPOINT}: MANIFEST.json is damaged (<...>){GO_ON}",
     ),
     "keys missing in MANIFEST.json": (
-        lambda: (CHECKPOINT / "MANIFEST.json").write_text('{"format": 1}'),
+        lambda: (CHECKPOINT / "MANIFEST.json").write_text('{"format": 2}'),
         f"checkpoint {CHECKPOINT}: MANIFEST.json is damaged (files: Field required){GO_ON}",
     ),
     "unknown format": (
         lambda: _change_manifest(format=7),
-        f"<...>{CHECKPOINT}: checkpoint format 7, this version reads 1",
+        f"<...>{CHECKPOINT}: checkpoint format 7, this version reads 2",
     ),
     "config.yaml of the run": (
         lambda: Path("run/config.yaml").write_text("a: [b"),

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from relora.config import UserError, check
 from relora.engines.fsdp2 import fsdp_options
 from relora.engines.world import launched_engine
-from relora.train.run import open_run
+from relora.train.preflight import preflight
 from tests.helpers.launch import LAUNCHER, written
 from tests.helpers.programs import ROOT, run
 from tests.helpers.tiny import MODEL, settings
@@ -59,7 +59,7 @@ def problems(corpus: Path, folder: Path, **overrides: Any) -> list[str]:
     """What `relora train` has against the launch that this process believes to be in."""
     tree = settings(corpus, folder / "run", **{"training__per_device_batch_size": 1} | overrides)
     try:
-        open_run(check(tree))
+        preflight(check(tree))
     except UserError as error:
         assert not (folder / "run").exists()
         return error.problems

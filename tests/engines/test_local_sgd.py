@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from relora.checkpoint.load import open_checkpoint, open_shares
+from relora.checkpoint.load import open_checkpoint, open_states
 from relora.config import UserError, check
 from relora.engines.local_sgd import OuterOptimizer
 from relora.train.train import train
@@ -34,7 +34,7 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def factors(run: Path, step: int, which: str) -> list[dict[str, torch.Tensor]]:
     """Of each process, by name."""
-    shares = open_shares(run / "checkpoints" / f"step-{step:08d}")
+    shares = open_states(run / "checkpoints" / f"step-{step:08d}")
     return [{name: state.weights.take(name) for name in state.weights.names if which in name} for state in shares]
 
 
@@ -102,7 +102,7 @@ def test_another_number_of_processes_goes_on_from_a_meeting_only(run: Path, tmp_
 
 def test_the_share_of_a_rank_is_its_own(run: Path) -> None:
     folder = run / "checkpoints" / f"step-{EVERY + 1:08d}"
-    shares = [open_checkpoint(folder, share=share) for share in (0, 1)]
+    shares = [open_checkpoint(folder, state_index=index) for index in (0, 1)]
     name = "model.layers.0.mlp.up_proj.lora_B"
     moments = [state.moments[name]["exp_avg"] for state in shares]
     assert shares[0].weights.names == shares[1].weights.names

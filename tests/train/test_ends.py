@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import relora.train.loop
-from relora.checkpoint.load import complete_checkpoints, verify_checkpoint
+from relora.checkpoint.load import checkpoint_problems, complete_checkpoints
 from relora.checkpoint.save import Checkpoints
 from relora.cli import main
 from relora.config import check
@@ -87,7 +87,7 @@ def assert_ended_in_order(config: Path, why: str) -> None:
     assert told["reason"] == f"{why}: ended after update {told['step']}; goes on from step {told['step']}"
     [checkpoint] = complete_checkpoints(config.with_suffix("") / "checkpoints")
     assert checkpoint.name == f"step-{told['step']:08d}"
-    verify_checkpoint(checkpoint)
+    assert checkpoint_problems(checkpoint) == []
 
 
 def test_a_signal_to_the_launcher_ends_the_run_in_order(corpus: Path, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_rank_that_dies_takes_the_others_down(corpus: Path, tmp_path: Path) ->
     assert re.search(r"rank\s+: 1.*\n.*exitcode\s+: -9", log.read_text()), log.read_text()[-2000:]
     assert status(config)["status"] in ("failed", "running")
     for checkpoint in complete_checkpoints(config.with_suffix("") / "checkpoints"):
-        verify_checkpoint(checkpoint)
+        assert checkpoint_problems(checkpoint) == []
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +165,7 @@ def test_no_checkpoint_is_begun_that_would_take_too_long(
     monkeypatch.setattr(Checkpoints, "expected_seconds", lambda _: 31.0)
     with pytest.raises(Stopped, match="SIGTERM came: ended after update 7; goes on from step 5"):
         train(check(tree))
-    assert not list((tmp_path / "run/checkpoints").glob(".draft-*"))
+    assert not list((tmp_path / "run/checkpoints").glob(".tmp-*"))
 
 
 def test_a_signal_in_the_last_update_changes_nothing(

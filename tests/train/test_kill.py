@@ -56,15 +56,15 @@ def test_killed_runs_end_as_if_they_never_were(tiny_run: Callable[..., dict[str,
             hit = wait_for(process, lambda wanted=wanted: len(list(checkpoints.glob("step-*"))) >= wanted)
             time.sleep(rng.random() * 0.05)
         else:
-            hit = wait_for(process, lambda: any(checkpoints.glob(".draft-*/*.safetensors")))
+            hit = wait_for(process, lambda: any(checkpoints.glob(".tmp-*/*.safetensors")))
         assert hit, "the process ended before it was killed"
         kill(process)
-        inside_a_save += any(checkpoints.glob(".draft-*"))
+        inside_a_save += any(checkpoints.glob(".tmp-*"))
     assert inside_a_save > 0
 
     assert start(config).wait(timeout=PATIENCE_S) == 0
     assert_same(killed["output_dir"], tree["output_dir"])
-    assert not list(checkpoints.glob(".draft-*"))
+    assert not list(checkpoints.glob(".tmp-*"))
     assert json.loads((tmp_path / "killed" / "status.json").read_text())["status"] == "finished"
     steps = [line["step"] for line in metrics(killed["output_dir"]) if "loss" in line]
     assert steps == list(range(1, 13)), "each step stands once"

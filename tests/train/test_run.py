@@ -3,9 +3,12 @@
 import gc
 import json
 import math
+import os
 import shutil
+import sys
 import weakref
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import relora.train as train_module
 from relora.checkpoint.run_folder import RunFolder
 from relora.cli import main
 from relora.config import UserError, check
@@ -98,7 +100,7 @@ def test_lines_have_the_pinned_fields(run: Path) -> None:
     update = next(line for line in lines if "loss" in line)
     assert list(update) == [
         "step",
-        "samples_seen",
+        "skipped",
         "tokens",
         "loss",
         "learning_rate",
@@ -107,7 +109,7 @@ def test_lines_have_the_pinned_fields(run: Path) -> None:
         "step_seconds",
         "peak_memory_bytes",
     ]
-    assert update["tokens"] == update["samples_seen"] * 32 == 8 * 32
+    assert update["tokens"] == update["step"] * 8 * 32 == 8 * 32
     assert list(next(line for line in lines if "eval_loss" in line)) == ["step", "eval_loss", "eval_perplexity"]
     assert update["peak_memory_bytes"] > 2**26
 
@@ -125,7 +127,15 @@ def test_tensorboard_shows_the_same(run: Path) -> None:
 
 
 def test_the_folder_tells_how_it_stands(run: Path) -> None:
-    assert json.loads((run / "status.json").read_text()) == {"status": "finished", "step": 12, "reason": None}
+    status = json.loads((run / "status.json").read_text())
+    assert {key: status[key] for key in ("status", "step", "reason")} == {
+        "status": "finished",
+        "step": 12,
+        "reason": None,
+    }
+    assert status["pid"] == os.getpid()
+    assert status["host"]
+    assert datetime.now(UTC) - datetime.fromisoformat(status["time"]) < timedelta(hours=1)
     assert json.loads((run / "parameters_low_rank.json").read_text())["factors"]["num_tensors"] == 28
     assert (run / "stage_start" / "MANIFEST.json").is_file()
 
@@ -138,6 +148,7 @@ def test_the_written_config_is_the_same_run(run: Path, capsys: pytest.CaptureFix
 def test_nothing_of_the_warm_start_stays_in_memory(tiny_run: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[weakref.ref[Any]] = []
     alive_at_the_end: list[bool] = []
+    train_module: Any = sys.modules["relora.train.train"]  # the package has the function of that name
     build, finish = train_module.build, train_module.finish
 
     def watched_build(*args: Any, **kwargs: Any) -> TrainState:
@@ -200,7 +211,7 @@ def test_a_second_process_does_not_train_in_the_same_folder(tiny_run: Settings) 
     train(check(tree))
     run = Path(tree["output_dir"])
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    with RunFolder(run).held(), pytest.raises(UserError, match="another process is training"):
+    with RunFolder(run).locked(), pytest.raises(UserError, match="another process is training"):
         train(check(tree))
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 

@@ -98,7 +98,7 @@ def test_a_second_signal_ends_the_process_wherever_it_is(stuck: str) -> None:
         process.terminate()
         code, _, complained = rest(process)
     assert code == EXIT_STOPPED == 143
-    assert complained == "relora: SIGTERM came, the second signal: ended at once\n"
+    assert complained == "relora: received a second signal (SIGTERM): exiting immediately\n"
 
 
 def test_two_signals_in_quick_succession_are_one_request() -> None:

@@ -1,0 +1,153 @@
+"""Every check before processes join and a model is built, phase by phase, all problems of a phase together.
+
+0. the configuration itself, when it is loaded
+1. the launch, the files, the run folder
+2. the model: its positions, the layers to wrap, the parameters that would never be trained
+3. the tokenizer and the data, which are prepared now if they are not there yet
+
+Each room says what is wrong with its part: `problems(...) -> list[str]`. One check comes later, as it needs weights:
+whether the attention of the model leaks (`Task.leaks`).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+import relora.data
+import relora.engines
+import relora.method.inject
+from relora.checkpoint.run_folder import RunFolder, run_folder_problems
+from relora.config import Config, ModelSection, raise_if_any
+from relora.config.derived import lora_config
+from relora.config.load import shown
+from relora.data import PreparedData, amount_problems, prepare
+from relora.engines import is_first_on_node, launched_num_processes
+from relora.errors import folder_problems
+from relora.method.base_weights import quantization_problem
+from relora.method.parameter_report import parameter_report
+from relora.model.liger import liger_problems
+from relora.model.model import read_hf_config, refusal, said_of, skeleton
+from relora.model.tasks import Task, task_of
+from relora.train.run import Run, run_identity
+from relora.train.stages import freeze_untrained
+
+
+def preflight(config: Config, *, extend: bool = False) -> Run:
+    """Check everything that can be checked, and prepare the data if they are not there yet.
+
+    Args:
+        extend: the run in the folder may have a smaller training.max_steps.
+
+    Raises:
+        UserError: all problems of the first phase that has any.
+    """
+    task, folder = task_of(config), RunFolder(Path(config.output_dir))
+    hf_config = _read_files(config, task, folder, extend=extend, launch=launch_problems(config))
+    raise_if_any(model_problems(config, hf_config, task))
+    data = _prepared_data(config, hf_config)
+    identity = run_identity(config, hf_config)
+    return Run(config, hf_config, task=task, data=data, folder=folder, identity=identity)
+
+
+def prepare_data(config: Config) -> PreparedData:
+    """The data of `config`, prepared now if they are not there yet, whatever the launch and whether the model fits.
+
+    Raises:
+        UserError: as `preflight`.
+    """
+    hf_config = _read_files(config, task_of(config), RunFolder(Path(config.output_dir)), extend=True, launch=())
+    return _prepared_data(config, hf_config)
+
+
+def launch_problems(config: Config) -> list[str]:
+    """What is wrong with the processes that the launcher started, and with the libraries that are installed."""
+    quantized = quantization_problem(config.lora.base_dtype) if config.training.method != "full" else None
+    return [
+        *relora.engines.problems(config, launched_num_processes()),
+        *([f"lora.base_dtype = {quantized}"] if quantized else []),
+    ]
+
+
+def model_problems(config: Config, hf_config: PretrainedConfig, task: Task) -> list[str]:
+    """What of the settings does not fit the model, tried on a copy of it without memory."""
+    try:
+        model = skeleton(config.model, hf_config)
+    except Exception as error:  # each architecture raises as it pleases
+        return [_building_problem(config.model, hf_config, error)]
+    return [
+        *task.problems(model, config),
+        *liger_problems(config.model, hf_config),
+        *(_trainable_problems(config, model) if config.training.method == "full" else _lora_problems(config, model)),
+    ]
+
+
+def _read_files(
+    config: Config, task: Task, folder: RunFolder, *, extend: bool, launch: Sequence[str]
+) -> PretrainedConfig:
+    """Phase 1, with the problems of the launch; returns the Hugging Face config of the model."""
+    hf_config, unreadable = read_hf_config(config.model, task)
+    in_the_way = folder_problems(f"output_dir = {config.output_dir}", config.output_dir)
+    identity = None if hf_config is None else run_identity(config, hf_config)
+    other_run = [] if in_the_way else run_folder_problems(folder, identity, extend=extend)
+    raise_if_any([*launch, *in_the_way, *relora.data.problems(config.data), *unreadable, *other_run])
+    assert hf_config is not None
+    return hf_config
+
+
+def _prepared_data(config: Config, hf_config: PretrainedConfig) -> PreparedData:
+    """Phase 3. Without data.tokenizer the tokenizer is that of a pretrained model, or one is trained."""
+    data = prepare(
+        config.data,
+        vocab_size=hf_config.get_text_config().vocab_size,
+        tokenizer=config.data.tokenizer or config.model.name_or_path,
+        trust_remote_code=config.model.trust_remote_code,
+        quiet=not is_first_on_node(),
+    )
+    raise_if_any(amount_problems(data, config.data))
+    return data
+
+
+def _building_problem(section: ModelSection, hf_config: PretrainedConfig, error: Exception) -> str:
+    """Why the model cannot be built: the attention kernel, if it can be built with another."""
+    try:
+        skeleton(section.model_copy(update={"attn_implementation": "eager"}), hf_config)
+    except Exception:
+        return f"{said_of(section)}: transformers cannot build the model: {refusal(error)}"
+    key = f"model.attn_implementation = {section.attn_implementation}"
+    return f"{key}: cannot be used here, eager can: {refusal(error)}"
+
+
+def _trainable_problems(config: Config, model: PreTrainedModel) -> list[str]:
+    """Method full: training.trainable matches nothing, or leaves random parameters out. Freezes parameters."""
+    trainable = config.training.trainable
+    try:
+        freeze_untrained(model, trainable)
+    except ValueError as error:
+        return [str(error)]
+    return _random_problems(config, model, "training.trainable", trainable)
+
+
+def _lora_problems(config: Config, model: PreTrainedModel) -> list[str]:
+    """Layers that cannot be wrapped or saved, or would never be trained. Wraps the layers of `model`."""
+    lora = lora_config(config)
+    problems = relora.method.inject.problems(model, lora)
+    if problems:
+        return [f"lora.{problem}" for problem in problems]
+    if config.relora.warm_start_steps:
+        return []  # the warm start trains every parameter
+    relora.method.inject.inject_lora(model, lora)
+    return _random_problems(config, model, "lora.modules_to_save", config.lora.modules_to_save)
+
+
+def _random_problems(config: Config, model: PreTrainedModel, key: str, value: Any) -> list[str]:
+    """Parameters of a model from scratch that nothing ever trains."""
+    names = parameter_report(model).frozen_names
+    if not names or config.model.name_or_path is not None:
+        return []
+    listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return [
+        f"{key} = {shown(value)}: {len(names)} parameters would stay at their random initialization: they are frozen, "
+        f"not wrapped and not pretrained: {listed}"
+    ]
