@@ -27,6 +27,7 @@ def broken_rules(config: Config, *, wrong_keys: Iterable[str] = ()) -> list[str]
 
 
 def one_model(config: Config) -> str | None:
+    """The model is either built from a config or loaded with its weights."""
     given = [key for key in ("config", "name_or_path") if getattr(config.model, key) is not None]
     if len(given) == 1:
         return None
@@ -35,12 +36,14 @@ def one_model(config: Config) -> str | None:
 
 
 def revision_of_a_hub_model(config: Config) -> str | None:
+    """A revision selects a commit of a pretrained model; a config has none."""
     if config.model.revision is None or config.model.name_or_path is not None:
         return None
     return f"model.revision = {config.model.revision}: goes with model.name_or_path only"
 
 
 def warmup_ends(config: Config) -> str | None:
+    """The learning rate must reach its peak: the cosine is defined from the end of the warm-up to max_steps."""
     if config.schedule.warmup_steps < config.training.max_steps:
         return None
     return (
@@ -50,6 +53,7 @@ def warmup_ends(config: Config) -> str | None:
 
 
 def restart_warmup_ends(config: Config) -> str | None:
+    """A re-warm-up must be over before the next restart."""
     every, warmup = config.relora.restart_every, config.schedule.restart_warmup_steps
     if config.training.method != "relora" or every is None or every >= warmup:
         return None
@@ -57,6 +61,7 @@ def restart_warmup_ends(config: Config) -> str | None:
 
 
 def warm_start_ends(config: Config) -> str | None:
+    """The warm start must leave updates for the low-rank stage."""
     if config.training.method == "full" or config.relora.warm_start_steps < config.training.max_steps:
         return None
     return (
@@ -66,6 +71,7 @@ def warm_start_ends(config: Config) -> str | None:
 
 
 def whole_micro_batches(config: Config) -> str | None:
+    """A global batch consists of whole micro-batches."""
     batch, micro_batch = config.training.global_batch_size, config.training.per_device_batch_size
     if batch % micro_batch == 0:
         return None
@@ -73,6 +79,7 @@ def whole_micro_batches(config: Config) -> str | None:
 
 
 def whole_micro_batches_per_process(config: Config) -> str | None:
+    """Each process computes the same number of micro-batches per update."""
     batch, micro_batch = config.training.global_batch_size, config.training.per_device_batch_size
     n = config.training.num_processes
     if n is None or batch % micro_batch or batch % (micro_batch * n) == 0:
@@ -84,6 +91,7 @@ def whole_micro_batches_per_process(config: Config) -> str | None:
 
 
 def one_evaluation_row(config: Config) -> str | None:
+    """The held-out set must hold at least one row."""
     if config.data.eval_tokens >= config.data.sequence_length:
         return None
     return (
@@ -93,6 +101,7 @@ def one_evaluation_row(config: Config) -> str | None:
 
 
 def trainable_of_method_full(config: Config) -> str | None:
+    """Only method full selects parameters by a regex; low-rank methods have lora.modules_to_save."""
     pattern = config.training.trainable
     if pattern is None:
         return None
@@ -102,6 +111,7 @@ def trainable_of_method_full(config: Config) -> str | None:
 
 
 def target_pattern(config: Config) -> str | None:
+    """A string is a regex of module names (`all-linear` is one, too); a list holds suffixes."""
     targets = config.lora.target_modules
     return _regex("lora.target_modules", targets) if isinstance(targets, str) else None
 
@@ -115,6 +125,7 @@ def _regex(key: str, pattern: str) -> str | None:
 
 
 def residual_of_quantized_weights(config: Config) -> str | None:
+    """There is a residual only where weights are quantized, and only one if all processes share the factors."""
     if not config.relora.carry_residual:
         return None
     if config.lora.base_dtype not in ("int8", "nf4"):
@@ -125,6 +136,7 @@ def residual_of_quantized_weights(config: Config) -> str | None:
 
 
 def merged_forward(config: Config) -> str | None:
+    """The merged route computes (W + s B A) x, which dropout on the input of A and a coarse W would change."""
     if config.training.method == "full" or config.lora.forward != "merged":
         return None
     dropout, dtype = config.lora.lora_dropout, config.lora.base_dtype
@@ -136,6 +148,7 @@ def merged_forward(config: Config) -> str | None:
 
 
 def synchronized_at_the_end(config: Config) -> str | None:
+    """The last update must be a restart, where the processes average what they have learned."""
     if config.relora.sync == "step":
         return None
     every, since = config.relora.restart_every, config.training.max_steps - config.relora.warm_start_steps
@@ -152,6 +165,7 @@ def synchronized_at_the_end(config: Config) -> str | None:
 
 
 def outer_optimizer(config: Config) -> str | None:
+    """The outer optimizer applies the mean update of processes that synchronize at restarts."""
     defaults = type(config.relora)()
     for key in ("outer_learning_rate", "outer_momentum"):
         value = getattr(config.relora, key)
@@ -161,6 +175,7 @@ def outer_optimizer(config: Config) -> str | None:
 
 
 def mask_needs_a_kernel(config: Config) -> str | None:
+    """Masks between packed documents are built for eager and sdpa only."""
     kernel = config.model.attn_implementation
     if not config.data.document_mask or kernel in ("eager", "sdpa"):
         return None
@@ -168,6 +183,7 @@ def mask_needs_a_kernel(config: Config) -> str | None:
 
 
 def flash_in_bf16(config: Config) -> str | None:
+    """Flash attention has no float32 kernels."""
     kernel = config.model.attn_implementation
     if not kernel.startswith("flash") or config.training.mixed_precision == "bf16":
         return None
