@@ -1,5 +1,6 @@
-"""The typed tree of settings, its rules, and the numbers derived from it."""
+"""The typed tree of settings, how it is loaded, its rules, and the numbers derived from it."""
 
+from relora.config.config_file import find_config
 from relora.config.load import check, load_config
 from relora.config.schema import Config, DataSection, LoraSection, ModelSection, SourceSection
 from relora.errors import UserError, raise_if_any
@@ -12,6 +13,7 @@ __all__ = [
     "SourceSection",
     "UserError",
     "check",
+    "find_config",
     "load_config",
     "raise_if_any",
 ]

@@ -1,19 +1,17 @@
-"""Numbers that follow from a configuration, and the fingerprint that says which run it is."""
+"""Numbers and objects that follow from a configuration, and the fingerprint that identifies the run."""
 
 import hashlib
 import json
 from typing import Any
 
-from pydantic import BaseModel
-
-from relora.config.reference import fields, part_of_the_run
-from relora.config.schema import Config
+from relora.config.reference import fields, in_identity
+from relora.config.schema import Config, SourceSection
 from relora.method.lora import LoRAConfig
 from relora.method.schedule import Schedule
 
 
 def schedule_of(config: Config) -> Schedule:
-    """The learning rates and the restarts of a run. Raises ValueError as `Schedule` does."""
+    """Learning rates and restarts of a run. Raises ValueError as `Schedule` does."""
     training, relora = config.training, config.relora
     return Schedule(
         max_steps=training.max_steps,
@@ -29,19 +27,22 @@ def schedule_of(config: Config) -> Schedule:
     )
 
 
-def accumulation_steps(config: Config, num_processes: int) -> int:
-    """Micro-batches per update and process.
+def batch_problems(config: Config, num_processes: int) -> list[str]:
+    """Why the global batch does not divide into per-device batches over `num_processes` processes."""
+    batch, micro_batch = config.training.global_batch_size, config.training.per_device_batch_size
+    if batch % (micro_batch * num_processes) == 0:
+        return []
+    return [
+        f"training.global_batch_size = {batch}: must be a multiple of training.per_device_batch_size x "
+        f"processes = {micro_batch} x {num_processes} = {micro_batch * num_processes}"
+    ]
 
-    Raises:
-        ValueError: the global batch does not divide into per-device batches over `num_processes` processes.
-    """
-    whole, part = config.training.global_batch_size, config.training.per_device_batch_size
-    if whole % (part * num_processes):
-        raise ValueError(
-            f"training.global_batch_size = {whole}: must be a multiple of training.per_device_batch_size x "
-            f"processes = {part} x {num_processes} = {part * num_processes}"
-        )
-    return whole // (part * num_processes)
+
+def accumulation_steps(config: Config, num_processes: int) -> int:
+    """Micro-batches per update and process. Raises ValueError with `batch_problems`."""
+    for problem in batch_problems(config, num_processes):
+        raise ValueError(problem)
+    return config.training.global_batch_size // (config.training.per_device_batch_size * num_processes)
 
 
 def batch_problems(config: Config, num_processes: int) -> list[str]:
@@ -54,7 +55,7 @@ def batch_problems(config: Config, num_processes: int) -> list[str]:
 
 
 def lora_config(config: Config) -> LoRAConfig:
-    """The method's settings; `auto` is settled by whether the model is pretrained."""
+    """The settings of the wrapped layers; `auto` is resolved by whether the model is pretrained."""
     lora, pretrained = config.lora, config.model.name_or_path is not None
     auto: Any = None if pretrained else "rest"
     return LoRAConfig(
@@ -72,7 +73,7 @@ def lora_config(config: Config) -> LoRAConfig:
 
 
 def derived_numbers(config: Config, num_processes: int) -> dict[str, Any]:
-    """For people: what the settings amount to."""
+    """Numbers that a reader of the log wants to know: batch, tokens, restarts, reachable rank."""
     schedule, training = schedule_of(config), config.training
     numbers: dict[str, Any] = {
         "gradient_accumulation_steps": accumulation_steps(config, num_processes),
@@ -90,23 +91,30 @@ def derived_numbers(config: Config, num_processes: int) -> dict[str, Any]:
 
 
 def identity(config: Config, model_config: dict[str, Any]) -> dict[str, Any]:
-    """What makes this run this run, flat by key: the settings that change the result, not how it is computed.
+    """The settings that define a run, flat by dotted key: those that change its result, not how it is computed.
+
+    A key that was added after a release is left out while it has its default, so that the identity of an older run
+    does not change.
 
     Args:
         model_config: the Hugging Face config of the model, in place of the path it was read from.
     """
-    named = {key: _value(config, key) for key, field in fields() if "[]" not in key and part_of_the_run(field)}
-    sources = [source.model_dump(mode="json") for source in config.data.sources]
-    return named | {"model.config": model_config, "data.sources": sources}
+    settings: dict[str, Any] = {}
+    for key, field in fields():
+        if "[]" in key:
+            continue  # of an entry of data.sources, below
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        if in_identity(field, value):
+            settings[key] = value
+    sources = [
+        {name: value for name, value in source if in_identity(SourceSection.model_fields[name], value)}
+        for source in config.data.sources
+    ]
+    return settings | {"model.config": model_config, "data.sources": sources}
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
     """A hash of `identity`, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()[:16]
-
-
-def _value(config: Config, key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = getattr(value, part)
-    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value

@@ -1,4 +1,4 @@
-"""Rules that join two keys or more. A rule is skipped while one of its keys is itself wrong."""
+"""Cross-field validation rules. A rule is skipped while one of its keys is itself wrong."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -9,95 +9,110 @@ from relora.config.schema import Config
 
 @dataclass(frozen=True)
 class Rule:
-    """`broken` returns what is wrong with a configuration, or None."""
+    """The keys that a rule joins, and the function that returns the problem of a configuration that breaks it."""
 
     keys: tuple[str, ...]
-    broken: Callable[[Config], str | None]
+    problem: Callable[[Config], str | None]
 
 
 def broken_rules(config: Config, *, wrong_keys: Iterable[str] = ()) -> list[str]:
-    """One line for each broken rule."""
+    """One line for each broken rule.
+
+    Args:
+        wrong_keys: keys whose own value is not allowed; the rules that join them are skipped.
+    """
     wrong = set(wrong_keys)
-    said = (rule.broken(config) for rule in RULES if not wrong.intersection(rule.keys))
-    return [line for line in said if line]
+    problems = (rule.problem(config) for rule in RULES if not wrong.intersection(rule.keys))
+    return [problem for problem in problems if problem]
 
 
-def _one_model(c: Config) -> str | None:
-    given = [key for key in ("config", "name_or_path") if getattr(c.model, key) is not None]
+def one_model(config: Config) -> str | None:
+    """The model is either built from a config or loaded with its weights."""
+    given = [key for key in ("config", "name_or_path") if getattr(config.model, key) is not None]
     if len(given) == 1:
         return None
     both = "both are set" if given else "neither is set"
     return f"model.config, model.name_or_path: set exactly one (from scratch, or continual training); {both}"
 
 
-def _revision(c: Config) -> str | None:
-    if c.model.revision is None or c.model.name_or_path is not None:
+def revision_of_a_hub_model(config: Config) -> str | None:
+    """A revision selects a commit of a pretrained model; a config has none."""
+    if config.model.revision is None or config.model.name_or_path is not None:
         return None
-    return f"model.revision = {c.model.revision}: goes with model.name_or_path only"
+    return f"model.revision = {config.model.revision}: goes with model.name_or_path only"
 
 
-def _warmup(c: Config) -> str | None:
-    if c.schedule.warmup_steps < c.training.max_steps:
+def warmup_ends(config: Config) -> str | None:
+    """The learning rate must reach its peak: the cosine is defined from the end of the warm-up to max_steps."""
+    if config.schedule.warmup_steps < config.training.max_steps:
         return None
     return (
-        f"schedule.warmup_steps = {c.schedule.warmup_steps}: must be smaller than "
-        f"training.max_steps = {c.training.max_steps}"
+        f"schedule.warmup_steps = {config.schedule.warmup_steps}: must be smaller than "
+        f"training.max_steps = {config.training.max_steps}"
     )
 
 
-def _restart_warmup(c: Config) -> str | None:
-    every, warmup = c.relora.restart_every, c.schedule.restart_warmup_steps
-    if c.training.method != "relora" or every is None or every >= warmup:
+def restart_warmup_ends(config: Config) -> str | None:
+    """A re-warm-up must be over before the next restart."""
+    every, warmup = config.relora.restart_every, config.schedule.restart_warmup_steps
+    if config.training.method != "relora" or every is None or every >= warmup:
         return None
     return f"relora.restart_every = {every}: must be at least schedule.restart_warmup_steps = {warmup}"
 
 
-def _warm_start(c: Config) -> str | None:
-    if c.training.method == "full" or c.relora.warm_start_steps < c.training.max_steps:
+def warm_start_ends(config: Config) -> str | None:
+    """The warm start must leave updates for the low-rank stage."""
+    if config.training.method == "full" or config.relora.warm_start_steps < config.training.max_steps:
         return None
     return (
-        f"relora.warm_start_steps = {c.relora.warm_start_steps}: must be smaller than "
-        f"training.max_steps = {c.training.max_steps}, or there is no low-rank stage"
+        f"relora.warm_start_steps = {config.relora.warm_start_steps}: must be smaller than "
+        f"training.max_steps = {config.training.max_steps}, or there is no low-rank stage"
     )
 
 
-def _batch(c: Config) -> str | None:
-    whole, part = c.training.global_batch_size, c.training.per_device_batch_size
-    if whole % part == 0:
+def whole_micro_batches(config: Config) -> str | None:
+    """A global batch consists of whole micro-batches."""
+    batch, micro_batch = config.training.global_batch_size, config.training.per_device_batch_size
+    if batch % micro_batch == 0:
         return None
-    return f"training.global_batch_size = {whole}: must be a multiple of training.per_device_batch_size = {part}"
+    return f"training.global_batch_size = {batch}: must be a multiple of training.per_device_batch_size = {micro_batch}"
 
 
-def _batch_of_processes(c: Config) -> str | None:
-    whole, part, n = c.training.global_batch_size, c.training.per_device_batch_size, c.training.num_processes
-    if n is None or whole % part or whole % (part * n) == 0:
+def whole_micro_batches_per_process(config: Config) -> str | None:
+    """Each process computes the same number of micro-batches per update."""
+    batch, micro_batch = config.training.global_batch_size, config.training.per_device_batch_size
+    n = config.training.num_processes
+    if n is None or batch % micro_batch or batch % (micro_batch * n) == 0:
         return None
     return (
-        f"training.global_batch_size = {whole}: must be a multiple of training.per_device_batch_size x "
-        f"training.num_processes = {part} x {n} = {part * n}"
+        f"training.global_batch_size = {batch}: must be a multiple of training.per_device_batch_size x "
+        f"training.num_processes = {micro_batch} x {n} = {micro_batch * n}"
     )
 
 
-def _eval_tokens(c: Config) -> str | None:
-    if c.data.eval_tokens >= c.data.sequence_length:
+def one_evaluation_row(config: Config) -> str | None:
+    """The held-out set must hold at least one row."""
+    if config.data.eval_tokens >= config.data.sequence_length:
         return None
     return (
-        f"data.eval_tokens = {c.data.eval_tokens}: must hold at least one sample of "
-        f"data.sequence_length = {c.data.sequence_length}"
+        f"data.eval_tokens = {config.data.eval_tokens}: must hold at least one sample of "
+        f"data.sequence_length = {config.data.sequence_length}"
     )
 
 
-def _trainable(c: Config) -> str | None:
-    pattern = c.training.trainable
+def trainable_of_method_full(config: Config) -> str | None:
+    """Only method full selects parameters by a regex; low-rank methods have lora.modules_to_save."""
+    pattern = config.training.trainable
     if pattern is None:
         return None
-    if c.training.method != "full":
+    if config.training.method != "full":
         return f"training.trainable = {pattern}: goes with training.method = full only"
     return _regex("training.trainable", pattern)
 
 
-def _targets(c: Config) -> str | None:
-    targets = c.lora.target_modules
+def target_pattern(config: Config) -> str | None:
+    """A string is a regex of module names (`all-linear` is one, too); a list holds suffixes."""
+    targets = config.lora.target_modules
     return _regex("lora.target_modules", targets) if isinstance(targets, str) else None
 
 
@@ -109,85 +124,93 @@ def _regex(key: str, pattern: str) -> str | None:
     return None
 
 
-def _carry_residual(c: Config) -> str | None:
-    if not c.relora.carry_residual:
+def residual_of_quantized_weights(config: Config) -> str | None:
+    """There is a residual only where weights are quantized, and only one if all processes share the factors."""
+    if not config.relora.carry_residual:
         return None
-    if c.lora.base_dtype not in ("int8", "nf4"):
-        return f"relora.carry_residual = true: needs lora.base_dtype int8 or nf4, not {c.lora.base_dtype}"
-    if c.relora.sync == "restart":
+    if config.lora.base_dtype not in ("int8", "nf4"):
+        return f"relora.carry_residual = true: needs lora.base_dtype int8 or nf4, not {config.lora.base_dtype}"
+    if config.relora.sync == "restart":
+        return "relora.carry_residual = true: needs relora.sync = step; else each process draws its own factors"
+    return None
+
+
+def merged_forward(config: Config) -> str | None:
+    """The merged route computes (W + s B A) x, which dropout on the input of A and a coarse W would change."""
+    if config.training.method == "full" or config.lora.forward != "merged":
+        return None
+    dropout, dtype = config.lora.lora_dropout, config.lora.base_dtype
+    if dropout > 0:
+        return f"lora.forward = merged: lora.lora_dropout = {dropout} drops inputs of A alone; must be 0"
+    if dtype != "float32":
+        return f"lora.forward = merged: lora.base_dtype = {dtype} rounds small updates away; needs float32"
+    return None
+
+
+def synchronized_at_the_end(config: Config) -> str | None:
+    """The last update must be a restart, where the processes average what they have learned."""
+    if config.relora.sync == "step":
+        return None
+    every, since = config.relora.restart_every, config.training.max_steps - config.relora.warm_start_steps
+    if config.training.method != "relora" or every is None:
         return (
-            "relora.carry_residual = true: needs relora.sync = step; processes that train apart draw their own factors"
+            "relora.sync = restart: needs training.method relora and relora.restart_every, when processes synchronize"
         )
-    return None
-
-
-def _forward(c: Config) -> str | None:
-    if c.training.method == "full" or c.lora.forward != "merged":
-        return None
-    if c.lora.lora_dropout > 0:
-        return f"lora.forward = merged: lora.lora_dropout = {c.lora.lora_dropout} drops inputs of A alone; must be 0"
-    if c.lora.base_dtype != "float32":
-        return f"lora.forward = merged: lora.base_dtype = {c.lora.base_dtype} rounds small updates away; needs float32"
-    return None
-
-
-def _sync(c: Config) -> str | None:
-    if c.relora.sync == "step":
-        return None
-    every, since = c.relora.restart_every, c.training.max_steps - c.relora.warm_start_steps
-    if c.training.method != "relora" or every is None:
-        return "relora.sync = restart: needs training.method relora and relora.restart_every, the processes meet there"
     if since % every:
         return (
-            f"relora.sync = restart: training.max_steps = {c.training.max_steps} must be relora.warm_start_steps "
-            f"plus a multiple of relora.restart_every = {every}, so that the processes meet at the end"
+            f"relora.sync = restart: training.max_steps = {config.training.max_steps} must be relora.warm_start_steps "
+            f"plus a multiple of relora.restart_every = {every}, so that the processes synchronize at the end"
         )
     return None
 
 
-def _outer(c: Config) -> str | None:
-    defaults = type(c.relora)()
+def outer_optimizer(config: Config) -> str | None:
+    """The outer optimizer applies the mean update of processes that synchronize at restarts."""
+    defaults = type(config.relora)()
     for key in ("outer_learning_rate", "outer_momentum"):
-        value = getattr(c.relora, key)
-        if c.relora.sync == "step" and value != getattr(defaults, key):
+        value = getattr(config.relora, key)
+        if config.relora.sync == "step" and value != getattr(defaults, key):
             return f"relora.{key} = {value}: goes with relora.sync = restart only"
     return None
 
 
-def _document_mask(c: Config) -> str | None:
-    kernel = c.model.attn_implementation
-    if not c.data.document_mask or kernel in ("eager", "sdpa"):
+def mask_needs_a_kernel(config: Config) -> str | None:
+    """Masks between packed documents are built for eager and sdpa only."""
+    kernel = config.model.attn_implementation
+    if not config.data.document_mask or kernel in ("eager", "sdpa"):
         return None
     return f"data.document_mask = true: needs model.attn_implementation eager or sdpa, not {kernel}"
 
 
-def _flash(c: Config) -> str | None:
-    kernel = c.model.attn_implementation
-    if not kernel.startswith("flash") or c.training.mixed_precision == "bf16":
+def flash_in_bf16(config: Config) -> str | None:
+    """Flash attention has no float32 kernels."""
+    kernel = config.model.attn_implementation
+    if not kernel.startswith("flash") or config.training.mixed_precision == "bf16":
         return None
     return f"model.attn_implementation = {kernel}: needs training.mixed_precision bf16"
 
 
 RULES = (
-    Rule(("model.config", "model.name_or_path"), _one_model),
-    Rule(("model.revision", "model.name_or_path"), _revision),
-    Rule(("schedule.warmup_steps", "training.max_steps"), _warmup),
-    Rule(("relora.restart_every", "schedule.restart_warmup_steps", "training.method"), _restart_warmup),
-    Rule(("relora.warm_start_steps", "training.max_steps", "training.method"), _warm_start),
-    Rule(("training.global_batch_size", "training.per_device_batch_size"), _batch),
+    Rule(("model.config", "model.name_or_path"), one_model),
+    Rule(("model.revision", "model.name_or_path"), revision_of_a_hub_model),
+    Rule(("schedule.warmup_steps", "training.max_steps"), warmup_ends),
+    Rule(("relora.restart_every", "schedule.restart_warmup_steps", "training.method"), restart_warmup_ends),
+    Rule(("relora.warm_start_steps", "training.max_steps", "training.method"), warm_start_ends),
+    Rule(("training.global_batch_size", "training.per_device_batch_size"), whole_micro_batches),
     Rule(
-        ("training.global_batch_size", "training.per_device_batch_size", "training.num_processes"), _batch_of_processes
+        ("training.global_batch_size", "training.per_device_batch_size", "training.num_processes"),
+        whole_micro_batches_per_process,
     ),
-    Rule(("data.eval_tokens", "data.sequence_length"), _eval_tokens),
-    Rule(("training.trainable", "training.method"), _trainable),
-    Rule(("lora.target_modules",), _targets),
-    Rule(("relora.carry_residual", "lora.base_dtype", "relora.sync"), _carry_residual),
-    Rule(("lora.forward", "lora.lora_dropout", "lora.base_dtype", "training.method"), _forward),
+    Rule(("data.eval_tokens", "data.sequence_length"), one_evaluation_row),
+    Rule(("training.trainable", "training.method"), trainable_of_method_full),
+    Rule(("lora.target_modules",), target_pattern),
+    Rule(("relora.carry_residual", "lora.base_dtype", "relora.sync"), residual_of_quantized_weights),
+    Rule(("lora.forward", "lora.lora_dropout", "lora.base_dtype", "training.method"), merged_forward),
     Rule(
         ("relora.sync", "training.method", "relora.restart_every", "relora.warm_start_steps", "training.max_steps"),
-        _sync,
+        synchronized_at_the_end,
     ),
-    Rule(("relora.sync", "relora.outer_learning_rate", "relora.outer_momentum"), _outer),
-    Rule(("data.document_mask", "model.attn_implementation"), _document_mask),
-    Rule(("model.attn_implementation", "training.mixed_precision"), _flash),
+    Rule(("relora.sync", "relora.outer_learning_rate", "relora.outer_momentum"), outer_optimizer),
+    Rule(("data.document_mask", "model.attn_implementation"), mask_needs_a_kernel),
+    Rule(("model.attn_implementation", "training.mixed_precision"), flash_in_bf16),
 )

@@ -1,7 +1,7 @@
-"""The configuration: every key with its type, its default, its rule and what it means.
+"""The configuration: every key with its type, default, rule and meaning.
 
-Names follow Hugging Face (transformers, PEFT, datasets) where it has one. Rules that join two keys stand
-in `rules.py`. `docs/config.md` is generated from this file by `python -m relora.config`.
+Names follow Hugging Face (transformers, PEFT, datasets) where it has one. Rules that join several keys are in
+`rules.py`. `docs/config.md` is generated from this file by `python -m relora.config`.
 """
 
 from typing import Annotated, Any, Literal
@@ -10,14 +10,20 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from relora.method.choices import BaseDtype, Bias, Forward, OptimizerName, ReinitName, ResetName
+from relora.method.registry import CUSTOM
 
 Count = Annotated[int, Field(ge=1)]
 CountFromZero = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
 NotNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
-# Keys that say how, not what, is computed: they may change between two starts of the same run.
+# The name of a user's own object, `module:attribute`, accepted beside the names of a registry.
+CustomName = Annotated[str, Field(pattern=f"^{CUSTOM}$")]
+# Keys that change how a run is computed, not its result: they may differ between two starts of the same run.
 HOW: JsonDict = {"part_of_the_run": False}
+# Keys added after release 0.1: while they have their default they are left out of a run's identity, so that the
+# fingerprint of an older run stays the same.
+SINCE_0_2: JsonDict = {"since": "0.2"}
 
 
 class Section(BaseModel):
@@ -47,17 +53,18 @@ class ModelSection(Section):
 
 class SourceSection(Section):
     path: Name = Field(
-        description="hub id, folder, file or glob (parquet, json, jsonl, text, csv; .gz too), or python-stdlib"
+        description="hub id, folder, file or glob (parquet, json, jsonl, text, csv; .gz too), python-stdlib, "
+        "or module:attribute of a `relora.data.sources.Source`"
     )
-    name: Name | None = Field(None, description="configuration of a hub data set")
-    split: Name = Field("train", description="split of the data set, as in datasets.load_dataset")
+    name: Name | None = Field(None, description="configuration of a hub dataset")
+    split: Name = Field("train", description="split of the dataset, as in datasets.load_dataset")
     revision: Name | None = Field(None, description="branch, tag or commit on the hub")
     weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share of the samples, relative to the others")
 
 
 class DataSection(Section):
     sources: Annotated[tuple[SourceSection, ...], Field(min_length=1, strict=False)] = Field(
-        (SourceSection(path="python-stdlib"),), description="the texts, and how they are mixed"
+        (SourceSection(path="python-stdlib"),), description="the datasets of texts, mixed by weight"
     )
     text_field: Name = Field("text", description="the column that holds the text")
     tokenizer: Name | None = Field(
@@ -67,24 +74,24 @@ class DataSection(Section):
     sequence_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens per sample")
     prepared_dir: Name | None = Field(
         None,
-        description="where the tokens are kept; null: a cache folder named by what it was made from",
+        description="folder of the tokens; null: a cache folder named by a hash of their sources and tokenizer",
         json_schema_extra=HOW,
     )
     eval_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.01, description="share of the documents held out, chosen by the hash of their text"
+        0.01, description="fraction of the documents that is held out, chosen by a hash of their text"
     )
     eval_tokens: Annotated[int, Field(ge=2)] = Field(
-        1_000_000, description="evaluate on at most so many held-out tokens"
+        1_000_000, description="number of held-out tokens to evaluate on, at most"
     )
     document_mask: bool = Field(
-        False, description="no attention across the documents of a sample; positions restart in each"
+        False, description="mask attention between the documents of a sample; positions restart in each"
     )
     num_proc: Count | None = Field(
-        None, description="processes that prepare the data; null: all cores", json_schema_extra=HOW
+        None, description="processes that prepare the data; null: one per core", json_schema_extra=HOW
     )
     num_workers: CountFromZero = Field(
         2,
-        description="processes per rank that read batches ahead; 0: the training process",
+        description="reader processes per training process, which load batches ahead; 0: none",
         json_schema_extra=HOW,
     )
 
@@ -94,7 +101,7 @@ class LoraSection(Section):
     lora_alpha: Annotated[float, Field(gt=0)] = Field(32, description="scale = lora_alpha / r")
     use_rslora: bool = Field(False, description="scale = lora_alpha / sqrt(r) instead")
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="dropout on the input of A")
-    bias: Bias = Field("none", description="which biases train in full: none, all, or those of wrapped layers")
+    bias: Bias = Field("none", description="biases that train in full; lora_only: those of wrapped layers")
     target_modules: Name | Annotated[tuple[Name, ...], Field(min_length=1, strict=False)] = Field(
         "all-linear",
         description="PEFT's rules: all-linear (without the output head), a list of suffixes, or a regex",
@@ -106,12 +113,12 @@ class LoraSection(Section):
     )
     base_dtype: BaseDtype = Field(
         "float32",
-        description="how the frozen weights are stored; beside any but float32 an exact float32 master is kept, "
-        "which takes the merges (int8 and nf4: relora[quantization])",
+        description="storage of the frozen weights; with any but float32 an exact float32 master receives the merges "
+        "(int8 and nf4: relora[quantization])",
     )
     master: Literal["host", "disk"] = Field(
         "host",
-        description="where these masters rest: in memory, or mapped from files in output_dir",
+        description="where the masters are stored: in host memory, or in memory-mapped files in output_dir",
         json_schema_extra=HOW,
     )
     forward: Forward = Field(
@@ -122,8 +129,8 @@ class LoraSection(Section):
     )
     keep_merged: bool = Field(
         True,
-        description="where the merged route is taken, keep W + s B A from the forward pass of an update to its end, a "
-        "further copy of these weights (`relora plan` shows it); not under FSDP2, DeepSpeed or torch_compile",
+        description="cache W + s B A of the merged route from the forward pass of an update to its end, a further "
+        "copy of these weights (`relora plan` shows it); not under FSDP2, DeepSpeed or torch_compile",
         json_schema_extra=HOW,
     )
 
@@ -131,31 +138,37 @@ class LoraSection(Section):
 class ReloraSection(Section):
     restart_every: Count | None = Field(2000, description="updates between restarts; null: no restarts")
     warm_start_steps: CountFromZero = Field(0, description="full-rank updates before the first low-rank one")
-    reinit: ReinitName = Field("kaiming", description="how A is drawn; B is zero")
-    optimizer_reset: ResetName = Field("zero", description="what a restart does to the optimizer state of A and B")
+    reinit: ReinitName | CustomName = Field(
+        "kaiming", description="how new factors are drawn: A by name and B zero, or a `relora.method.reinit.Reinit`"
+    )
+    optimizer_reset: ResetName | CustomName = Field(
+        "zero",
+        description="what a restart does to the optimizer state of A and B; or a `relora.method.reset.Reset`",
+    )
     prune_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.9, description="share of the moments that magnitude and random set to zero"
+        0.9, description="fraction of the moments that magnitude and random set to zero"
     )
     carry_residual: bool = Field(
         False,
-        description="int8 and nf4: new factors begin as the part of rank r of what the codes lack of the exact weights",
+        description="int8 and nf4: new factors start as the best rank-r approximation of the quantization error",
     )
     sync: Literal["step", "restart"] = Field(
         "step",
-        description="step: gradients travel at every update; restart: each process trains factors of its own, "
-        "and they meet at restarts (DDP only)",
+        description="step: average gradients at every update; restart: each process trains its own factors, averaged "
+        "at restarts only (DDP only)",
     )
     outer_learning_rate: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="sync restart: the mean of the processes' updates is applied times this"
+        1.0, description="sync restart: factor on the mean of the processes' updates"
     )
     outer_momentum: Beta = Field(0.0, description="sync restart: Nesterov momentum of the mean updates")
 
 
 class OptimSection(Section):
-    name: OptimizerName = Field(
-        "adamw",
-        description="torch's AdamW; adamw_fused: its fused kernel, which a GPU need not wait for between updates; "
-        "adamw_8bit: bitsandbytes', moments in 8 bits (one process or DDP)",
+    name: OptimizerName | CustomName = Field(
+        "adamw_fused",
+        description="adamw_fused: torch's fused AdamW, which decides on the device whether to apply an update, so that "
+        "a run never waits for it; adamw: torch's own choice of kernel, waits once an update; adamw_8bit: "
+        "bitsandbytes', moments in 8 bits (one process or DDP); or a `relora.method.optimizer.OptimizerKind`",
     )
     learning_rate: NotNegative = Field(1e-3, description="peak learning rate")
     warm_start_learning_rate: NotNegative | None = Field(
@@ -164,7 +177,7 @@ class OptimSection(Section):
     adam_beta1: Beta = Field(0.9, description="decay of the first moment")
     adam_beta2: Beta = Field(0.95, description="decay of the second moment")
     adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="added to the root of the second moment")
-    weight_decay: NotNegative = Field(0.0, description="decoupled decay; biases and norms are spared")
+    weight_decay: NotNegative = Field(0.0, description="decoupled weight decay, except on biases and norms")
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         1.0, description="clip the gradient to this norm; null: no clipping"
     )
@@ -180,12 +193,21 @@ class TrainingSection(Section):
     method: Literal["relora", "lora", "full"] = Field(
         "relora", description="lora: no restarts; full: no low-rank stage"
     )
-    task: Name = Field("causal_lm", description="inputs, labels and loss; causal_lm: predict the next token")
+    task: Literal["causal_lm"] | CustomName = Field(
+        "causal_lm",
+        description="inputs, labels and loss; causal_lm: predict the next token; or a `relora.model.tasks.Task`",
+        json_schema_extra=SINCE_0_2,
+    )
+    engine: Literal["auto"] | CustomName = Field(
+        "auto",
+        description="auto: DDP, FSDP2 or DeepSpeed, as launched; or a `relora.engines.Engine`",
+        json_schema_extra=HOW,
+    )
     trainable: Name | None = Field(None, description="method full: a regex of the names of the parameters to train")
-    max_steps: Count = Field(20000, description="updates in all, warm start included")
+    max_steps: Count = Field(20000, description="number of updates, warm start included")
     global_batch_size: Count = Field(512, description="samples per update, whatever the number of processes")
     per_device_batch_size: Count = Field(
-        16, description="samples per forward pass; accumulation is derived", json_schema_extra=HOW
+        16, description="samples per forward pass; gradient accumulation is derived", json_schema_extra=HOW
     )
     per_device_eval_batch_size: Count | None = Field(
         None, description="null: per_device_batch_size", json_schema_extra=HOW
@@ -195,36 +217,38 @@ class TrainingSection(Section):
     )
     sync_each_batch: bool = Field(
         True,
-        description="FSDP2: reduce gradients after each micro-batch; false: once an update, held whole until then",
+        description="FSDP2: reduce gradients after each micro-batch; false: once an update, unsharded until then",
         json_schema_extra=HOW,
     )
     num_processes: Count | None = Field(
-        None, description="when set, another world size is refused", json_schema_extra=HOW
+        None, description="required number of processes; null: any", json_schema_extra=HOW
     )
     eval_steps: Count = Field(500, description="updates between evaluations", json_schema_extra=HOW)
     save_steps: Count = Field(1000, description="updates between checkpoints", json_schema_extra=HOW)
-    save_total_limit: Count | None = Field(3, description="checkpoints to keep; null: all", json_schema_extra=HOW)
+    save_total_limit: Count | None = Field(
+        3, description="number of newest checkpoints kept; null: all", json_schema_extra=HOW
+    )
     logging_steps: Count = Field(10, description="updates between lines of metrics", json_schema_extra=HOW)
+    report_to: Annotated[tuple[Literal["tensorboard"] | CustomName, ...], Field(strict=False)] = Field(
+        ("tensorboard",),
+        description="where metrics go beside metrics.jsonl and the progress bar; or a `relora.tracking.tracker.Sink`",
+        json_schema_extra=HOW,
+    )
     peak_tflops: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="peak of one device in TFLOP/s, for `mfu` in the metrics; null: by the name of the GPU, if known",
         json_schema_extra=HOW,
     )
-    report_to: Annotated[tuple[Name, ...], Field(strict=False)] = Field(
-        ("tensorboard",),
-        description="where metrics go beside metrics.jsonl: tensorboard",
-        json_schema_extra=HOW,
-    )
     probe_steps: CountFromZero = Field(
         0,
-        description="updates after a restart that are each followed by the loss on one fixed held-out batch",
+        description="number of updates after a restart at which the loss on one fixed held-out batch is logged",
         json_schema_extra=HOW,
     )
 
 
 class Config(Section):
     output_dir: Name = Field(description="the run folder", json_schema_extra=HOW)
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="every random draw of the run follows from it")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of every random draw")
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     lora: LoraSection = LoraSection()

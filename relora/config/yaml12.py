@@ -1,7 +1,7 @@
-"""YAML as people expect it: 1e-3 is a number, `no` is a word, a key stands once.
+"""YAML 1.2: 1e-3 is a number, `no` is a string, a key appears once.
 
-PyYAML follows YAML 1.1, where 1e-3 is a string, `no` is false, 010 is eight and 2024-01-01 is no text; YAML 1.2
-mended all of it. The keys of mappings are texts, as in JSON.
+PyYAML follows YAML 1.1, where 1e-3 is a string, `no` is false, 010 is eight and 2024-01-01 is a date; YAML 1.2 corrects
+all of these. The keys of mappings are strings, as in JSON.
 """
 
 import re
@@ -24,15 +24,16 @@ _SCALARS = [  # YAML 1.2, section 10.3.2: tag, pattern, what it may begin with
 
 
 class Loader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's numbers and booleans; keys are texts, and duplicates are errors."""
+    """SafeLoader with the numbers and booleans of YAML 1.2; keys are strings, and duplicates are errors."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping with string keys. Raises ConstructorError for keys that appear twice."""
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         words = [key.value for key in keys]
         twice = sorted({word for word in words if words.count(word) > 1})
         if twice:
             raise yaml.constructor.ConstructorError(
-                None, None, f"these keys stand more than once: {', '.join(twice)}", node.start_mark
+                None, None, f"these keys appear more than once: {', '.join(twice)}", node.start_mark
             )
         for key in keys:
             if key.tag != f"{_TAG}merge":
@@ -40,15 +41,16 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
+        """10, 1_000, 010 (ten), 0o17, 0x1F."""
         word = self.construct_scalar(node)
         return int(word, _BASES.get(word[:2], 10))
 
 
 class Dumper(yaml.SafeDumper):
-    """SafeDumper whose plain words are read back by `Loader` as what they were; each text in one line."""
+    """SafeDumper whose unquoted strings `Loader` reads back as strings; a string stays on one line."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        # Quoted too where a reader of YAML 1.1 would take it for something else, as it does `no`.
+        """A string, in quotes where a reader of YAML 1.1 would take it for something else, such as `no`."""
         tag: str = _READER_1_1.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
         plain = None if tag == f"{_TAG}str" else "'"
         return self.represent_scalar(f"{_TAG}str", text, style='"' if "\n" in text else plain)
@@ -58,14 +60,15 @@ _READER_1_1 = yaml.SafeLoader("")
 
 
 def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    kept = {
+    """First character -> (tag, pattern) of the plain scalars: YAML 1.1's null and merge, 1.2's numbers and booleans."""
+    resolvers = {
         first: [(tag, pattern) for tag, pattern in rules if tag not in _REPLACED]
         for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     for kind, pattern, firsts in _SCALARS:
         for first in firsts:
-            kept.setdefault(first, []).append((f"{_TAG}{kind}", re.compile(pattern)))
-    return kept
+            resolvers.setdefault(first, []).append((f"{_TAG}{kind}", re.compile(pattern)))
+    return resolvers
 
 
 Loader.yaml_implicit_resolvers = Dumper.yaml_implicit_resolvers = _resolvers()
@@ -74,16 +77,16 @@ Dumper.add_representer(str, Dumper.represent_text)
 
 
 def parse(text: str) -> Any:
-    """The value of a YAML text. Raises `yaml.YAMLError`."""
+    """The value of a YAML document. Raises `yaml.YAMLError`."""
     return yaml.load(text, Loader=Loader)
 
 
 def dump(value: Any) -> str:
-    """`value` as a YAML text that `parse` reads back."""
+    """`value` as a YAML document that `parse` reads back."""
     return yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True)
 
 
 def inline(value: Any) -> str:
-    """`value` in one line, as it would stand in a YAML file."""
+    """`value` on one line, as in a YAML file."""
     text = yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=10**9)
     return text.removesuffix("\n").removesuffix("\n...")

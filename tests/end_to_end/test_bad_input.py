@@ -298,7 +298,7 @@ FILES = {
     "configuration that is not YAML": ("output_dir: [", "c2.yaml: not valid YAML (<...>)"),
     "configuration with a key twice": (
         "seed: 1\nseed: 2",
-        "c2.yaml: not valid YAML (these keys stand more than once: seed <...>)",
+        "c2.yaml: not valid YAML (these keys appear more than once: seed <...>)",
     ),
     "configuration that is no mapping": ("- seed", "c2.yaml: must be a mapping of sections, not [seed]"),
     "configuration that is empty": ("", "c2.yaml: must be a mapping of sections, not null"),
