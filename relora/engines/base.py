@@ -95,7 +95,9 @@ class Engine(ABC):
         The values of the parameters do not matter: they are written through `store` afterwards.
         """
 
-    def begin(self, state: TrainState, extra: Mapping[str, Tensor], *, cycle: int, draw_index: int) -> None:
+    def begin(  # noqa: B027 (an engine may have nothing to do)
+        self, state: TrainState, extra: Mapping[str, Tensor], *, cycle: int, draw_index: int
+    ) -> None:
         """Take over the rest of a saved state, once the weights are in place.
 
         Args:

@@ -35,10 +35,11 @@ def agree_on_name() -> str:
 
 
 class Heartbeat:
-    """Shows the other processes that this one lives, and watches one of them: a few small messages, however many they are.
+    """Shows the other processes that this one lives, and watches one of them.
 
-    Heartbeats come from a thread: a long computation does not stop them, SIGKILL and SIGSTOP do. The store is the one at
-    MASTER_ADDR:MASTER_PORT, of the launcher or of the first process; when it stops answering, its holder counts as dead.
+    A few small messages each, however many processes there are. They come from a thread: a long computation does not
+    stop them, SIGKILL and SIGSTOP do. The store is the one at MASTER_ADDR:MASTER_PORT, of the launcher or of the first
+    process; when it stops answering, its holder counts as dead.
 
     Args:
         name: the result of `agree_on_name`.
@@ -77,7 +78,7 @@ class Heartbeat:
             self._passed_on.wait(2 * self._limits.every_s)
 
     def stop(self) -> None:
-        """End the heartbeat in order: nobody misses this process any more, and it prints and ends nothing from here on."""
+        """End in order: nobody misses this process any more, and the heartbeat prints and ends nothing from here on."""
         with self._lock:
             self._stopped.set()
         self._wake.set()
@@ -109,7 +110,7 @@ class Heartbeat:
         return store
 
     def _round(self, store: Store, *, last: bool) -> bytes:
-        """One round of messages. Returns the verdict, if there is one: the first, as later ones mostly follow from it."""
+        """One round of messages. Returns the verdict, if any: the first, as later ones mostly follow from it."""
         store.add(f"beat/{self._process_index}", 1)
         verdict = b""
         if self._failure:

@@ -20,7 +20,7 @@ UNSUPPORTED_SIZES = {
 
 
 def problems(config: Config, num_processes: int) -> list[str]:
-    """Why a launch of `num_processes` would not train as the launcher's environment and the configuration say, one line each."""
+    """One line for each reason why a launch would not train as its environment and the configuration say."""
     engine = launched_engine()
     return [
         *_unsupported_launches(),

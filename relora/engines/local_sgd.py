@@ -207,8 +207,8 @@ def resume_problems(config: Config, step: int, num_states: int, num_processes: i
         return []
     return [
         f"relora.sync = restart: the checkpoint of step {step} holds the state of {num_states} processes that have "
-        f"trained apart since the last restart, and the launcher started {num_processes}; resume with {num_states} up to "
-        "the next restart"
+        f"trained apart since the last restart, and the launcher started {num_processes}; resume with {num_states} up "
+        "to the next restart"
     ]
 
 

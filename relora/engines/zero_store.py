@@ -20,7 +20,7 @@ from relora.method.store import Shard
 
 @dataclass(frozen=True)
 class Fragment:
-    """The place of a process's shard of a trained parameter: flat[offset : offset + length] holds its entries from `start`.
+    """The place of a process's shard of a trained parameter: flat[offset : offset + length], entries from `start` on.
 
     Attributes:
         flat: the flat fp32 partition, which is the key of its state in the inner optimizer.

@@ -148,7 +148,7 @@ class Callbacks:
         metrics = run.task.metrics(loss)
         self.tracker.line({"step": step, **metrics})
         perplexity = metrics["eval_perplexity"]
-        self.tracker.message(f"step {step}: held-out loss {loss:.4f} nats, perplexity {perplexity:.2f}")
+        self.tracker.log(f"step {step}: held-out loss {loss:.4f} nats, perplexity {perplexity:.2f}")
         self.sample(step)
         if self.stage.is_low_rank and step == run.schedule.max_steps:
             self.tracker.spectra(self.spectra(), step)

@@ -98,7 +98,7 @@ class Loop:
                 f"step {step}: the batch ending at sample {step * self.config.training.global_batch_size} was skipped, "
                 f"its loss is {loss} and its gradient norm {grad_norm}"
             )
-            self.tracker.message(message)
+            self.tracker.log(message)
             if self.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise NotFiniteError(
                     f"{message}; that is {self.num_skipped_in_a_row} in a row, so the run stops. No skipped batch has "

@@ -1,5 +1,6 @@
 """A run is a list of stages. State -> build -> train: a start, a switch and a resume are this one path."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,20 @@ def make_trainable(model: PreTrainedModel, stage: Stage, config: Config, *, draw
     if config.model.gradient_checkpointing:
         recompute_activations(model)
     model.train()
+
+
+def freeze_untrained(model: nn.Module, trainable: str | None) -> None:
+    """Method full: train every parameter, or those whose name the regex `trainable` is found in.
+
+    Raises:
+        ValueError: it is found in no name.
+    """
+    names = named_parameters(model)
+    chosen = {name for name in names if trainable is None or re.search(trainable, name)}
+    if not chosen:
+        raise ValueError(f"training.trainable = {trainable}: found in no parameter's name, such as {next(iter(names))}")
+    for name, parameter in names.items():
+        parameter.requires_grad_(name in chosen)
 
 
 def switch(live: TrainState, engine: Engine, *, step: int, skipped: int) -> State:

@@ -22,7 +22,7 @@ from relora.engines import Engine, TrainState, connect, is_first
 from relora.errors import Stopped, UserError, raise_if_any
 from relora.files import write_json
 from relora.method.parameter_report import describe_routes, parameter_report
-from relora.tracking.tracker import Tracker, open_tracker
+from relora.tracking.tracker import SinkContext, Tracker, open_tracker
 from relora.train.callbacks import Callbacks
 from relora.train.finish import finish, is_finished
 from relora.train.loop import Loop
@@ -100,7 +100,16 @@ def train_stages(run: Run, engine: Engine, state: State) -> None:
         run.data.tokenizer().save_pretrained(folder.tokenizer)
         if not is_finished(run):
             folder.write_status("running", step=state.step)
-    tracker = open_tracker(run.folder, state, config, identity=run.identity) if writes else Tracker([])
+    tracker = Tracker([])
+    if writes:
+        sinks = SinkContext(
+            folder=folder.path,
+            start_step=None if state.stage is None else state.step,
+            cycle=state.cycle,
+            total_steps=run.schedule.max_steps,
+            hparams=run.identity,
+        )
+        tracker = open_tracker(sinks, config.training.report_to)
     with closing(tracker), stop_signals() as stop_request:
         context = Context(run, engine, tracker, checkpoints, stop_request)
         for stage in stages(run.schedule):
@@ -173,7 +182,7 @@ def begin_stage(stage: Stage, live: TrainState, context: Context, *, is_new: boo
         dtype = torch.bfloat16 if run.config.training.mixed_precision == "bf16" else torch.float32
         num_tokens = run.config.training.per_device_batch_size * run.config.data.sequence_length
         lines.append(describe_routes(live.model, num_tokens, dtype))
-    context.tracker.message("\n".join(lines))
+    context.tracker.log("\n".join(lines))
     if is_first_process:
         write_json(folder.path / f"parameters_{stage.name}.json", report.as_dict())
     if stage.is_low_rank and is_new:

@@ -44,7 +44,7 @@ class Ranks:
             os.kill(self.world[rank].pid or 0, number)
 
     def name(self, rank: int) -> str:
-        return f"rank {rank} (host {socket.gethostname()}, pid {self.world[rank].pid})"
+        return f"process {rank} (host {socket.gethostname()}, pid {self.world[rank].pid})"
 
     def end(self, rank: int) -> tuple[int | None, str]:
         """Exit code, None if it is still there, and what is in stderr."""
@@ -98,7 +98,7 @@ def sleeps(watch: Heartbeat, _: int, *, for_s: float = 60.0, before_s: float = 0
 def tells(watch: Heartbeat, _: int, *, then_stops: bool) -> None:
     watch.start()
     time.sleep(1.0)
-    watch.tell("ValueError: two\nlines \udcff")
+    watch.report_failure("ValueError: two\nlines \udcff")
     if then_stops:
         watch.stop()
         time.sleep(3 * LIMITS.grace_s)
@@ -127,7 +127,7 @@ def test_a_rank_that_is_gone_takes_the_others_down(start: Callable[..., Ranks]) 
     stopped.send(signal.SIGSTOP, 1)
     for ranks in (killed, stopped):
         for rank in (0, 2):
-            said = f"relora: rank {rank} ended: {ranks.name(1)} has not been heard of for 2 s\n"
+            said = f"relora: process {rank} ended: {ranks.name(1)} has been silent for 2 s\n"
             assert ranks.end(rank) == (1, said)
 
 
@@ -135,7 +135,7 @@ def test_what_a_rank_tells_is_said_by_the_others(start: Callable[..., Ranks]) ->
     for stops in (True, False):
         ranks = start(sleeps, partial(tells, then_stops=stops), sleeps)
         for rank in (0, 2):
-            said = f"relora: rank {rank} ended: {ranks.name(1)} failed: ValueError: two lines \\udcff\n"
+            said = f"relora: process {rank} ended: {ranks.name(1)} failed: ValueError: two lines \\udcff\n"
             assert ranks.end(rank) == (1, said)
         assert ranks.end(1) == (3 if stops else 1, ""), "it ends by itself, or is ended; its traceback says why"
 
@@ -148,16 +148,16 @@ def test_the_store_that_is_gone_with_rank_0(start: Callable[..., Ranks]) -> None
     for ranks, port in zip(groups, ports, strict=True):
         for rank in (1, 2):
             code, said = ranks.end(rank)
-            why = f"rank 0 is gone or cut off: its store at 127.0.0.1:{port} has not answered for 2 s"
+            why = f"process 0 is gone or unreachable: its store at 127.0.0.1:{port} has not answered for 2 s"
             assert (code, said.count("relora:")) == (1, 1)
-            assert f"relora: rank {rank} ended: {why}\n" in said
+            assert f"relora: process {rank} ended: {why}\n" in said
 
 
 def test_only_who_never_comes_is_missed_and_not_who_comes_late_or_leaves_early(start: Callable[..., Ranks]) -> None:
     early, late = partial(sleeps, for_s=0.0), partial(sleeps, before_s=3.0, for_s=2.5)
     ranks, waiting = start(early, late, partial(sleeps, for_s=5.0)), start(sleeps, partial(sleeps, before_s=60.0))
     assert [ranks.end(rank) for rank in range(3)] == [(0, "")] * 3
-    assert waiting.end(0) == (1, "relora: rank 0 ended: rank 1 has not been heard of for 4 s\n")
+    assert waiting.end(0) == (1, "relora: process 0 ended: process 1 has been silent for 4 s\n")
 
 
 def test_a_job_that_is_suspended_as_a_whole_goes_on(start: Callable[..., Ranks]) -> None:
@@ -174,13 +174,13 @@ LAUNCHED = """
 import os, sys, time
 sys.path.insert(0, "relora/engines")  # the module alone, without its package, which loads transformers
 from torch import distributed
-from watch import Limits, Watch, agreed_name
+from heartbeat import Heartbeat, Limits, agree_on_name
 
 distributed.init_process_group("gloo")
-watch = Watch(distributed.get_rank(), distributed.get_world_size(), agreed_name(), Limits(every_s=0.1, grace_s=1.5))
+watch = Heartbeat(distributed.get_rank(), distributed.get_world_size(), agree_on_name(), Limits(every_s=0.1, grace_s=1.5))
 watch.start()
 if distributed.get_rank() == 1:
-    watch.tell("ValueError: from " + os.environ["TORCHELASTIC_USE_AGENT_STORE"])
+    watch.report_failure("ValueError: from " + os.environ["TORCHELASTIC_USE_AGENT_STORE"])
 time.sleep(60)
 """
 STANDALONE = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -195,5 +195,5 @@ def test_the_store_of_real_launchers_is_found(tmp_path: Path) -> None:
         results = list(at_once.map(partial(run, timeout_s=60), commands))
     for result in results:
         assert result.returncode == 1
-        assert "relora: rank 0 ended: rank 1 (" in result.stderr, result.stderr
+        assert "relora: process 0 ended: process 1 (" in result.stderr, result.stderr
         assert ") failed: ValueError: from True\n" in result.stderr

@@ -92,7 +92,9 @@ def test_goes_on_exactly_between_two_meetings(run: Path, tmp_path: Path) -> None
 
 def test_another_number_of_processes_goes_on_from_a_meeting_only(run: Path, tmp_path: Path) -> None:
     tree = settings_of(run)
-    with pytest.raises(UserError, match="holds the state of 2 processes that have trained apart since the last restart"):
+    with pytest.raises(
+        UserError, match="holds the state of 2 processes that have trained apart since the last restart"
+    ):
         train(check(stopped(tree, EVERY + 3, tmp_path / "between")))
     train(check(stopped(tree, EVERY, tmp_path / "meeting")))
     theirs = only(metrics(tmp_path / "meeting"), "eval_loss")
