@@ -243,8 +243,7 @@ def header(run: Run, engine: Engine, state: State) -> str:
     training, world = run.config.training, engine.world
     numbers = derived_numbers(run.config, world.num_processes)
     lines = [
-        f"relora {relora.__version__}: engine {engine.name}, {world.num_processes} "
-        f"{'process' if world.num_processes == 1 else 'processes'}, device {world.device}, "
+        f"relora {relora.__version__}: engine {engine.name}, processes {world.num_processes}, device {world.device}, "
         f"mixed precision {training.mixed_precision}, torch {torch.__version__}",
         run.data.summary(),
         ", ".join(f"{key} {value:,}" for key, value in numbers.items()),

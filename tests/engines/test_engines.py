@@ -133,7 +133,7 @@ def is_factor(name: str) -> bool:
 def test_the_first_line_says_what_runs(engine: str, pair: Run) -> None:
     # DeepSpeed talks too, in the launcher's own process, and torchrun of the threads that it sets.
     ours = [line for line in pair.launch.stdout.splitlines() if line and not re.match(r"\[.*\[WARNING\]", line)]
-    assert f"engine {NAMES[engine]}, world size 2, device cpu" in ours[0]
+    assert f"engine {NAMES[engine]}, processes 2, device cpu" in ours[0]
     assert pair.launch.stdout.count("engine ") == 1, "only rank 0 talks"
 
 
@@ -276,8 +276,8 @@ def test_goes_on_under_another_engine(
 ) -> None:
     tree = stopped(runs(source).tree, step, tmp_path / target)
     again = launched(target, tree, tmp_path).ended_well()
-    assert f"engine {NAMES[target]}, world size 2" in again.launch.stdout
-    assert f"going on from step {step}," in again.launch.stdout
+    assert f"engine {NAMES[target]}, processes 2" in again.launch.stdout
+    assert f"resuming from step {step}" in again.launch.stdout
     assert_equal_numbers(again, single)
     assert_equal_weights(again, single)
 

@@ -186,7 +186,7 @@ def config(corpus: Path, tmp_path: Path) -> Path:
 
 def test_two_processes_that_are_one_say_so(config: Path) -> None:
     result = dry_run([*LAUNCHER, "--cpu", "--num_processes", "2"], config)
-    assert "engine one process, world size 1, device cpu" in result.stdout.splitlines()[0]
+    assert "engine one process, processes 1, device cpu" in result.stdout.splitlines()[0]
     assert result.returncode == 0
 
 
@@ -221,7 +221,7 @@ def test_two_processes_on_the_cpu_are_what_they_are_called(name: str, config: Pa
     launcher, told, engine = OF_TWO[name]
     variables = {"ACCELERATE_USE_CPU": "true"} if told else {}
     result = dry_run(launcher, config, **variables)
-    assert f"engine {engine}, world size 2, device cpu" in result.stdout, result.stderr[-3000:]
+    assert f"engine {engine}, processes 2, device cpu" in result.stdout, result.stderr[-3000:]
     assert result.returncode == 0
     # Of 21 tensors, whole: ZeRO-3 leaves the model none of its own.
     assert "trained in full                               21 tensors         36,768 parameters" in result.stdout

@@ -103,7 +103,7 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nodes")
     with two_nodes(config_of(corpus, folder), "static") as nodes:
         nodes.wait()
-    assert "engine DDP (gloo), world size 2" in nodes.log(0)
+    assert "engine DDP (gloo), processes 2" in nodes.log(0)
     assert "engine" not in nodes.log(1), "only rank 0 talks"
     for node in (0, 1):
         assert list(nodes.cache(node).glob("prepared/*/*")), "each node prepares its own data"
@@ -123,7 +123,7 @@ def test_a_node_that_is_lost_comes_back(corpus: Path, undisturbed: Path, tmp_pat
         kill(nodes.world[1])
         nodes.start(1)
         nodes.wait()
-    assert nodes.log(0).count("going on from step") + nodes.log(1).count("going on from step") == 1
+    assert nodes.log(0).count("resuming from step") + nodes.log(1).count("resuming from step") == 1
     ours, theirs = (load_file(run / "final" / "model.safetensors") for run in (tmp_path / "run", undisturbed))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert only(metrics(tmp_path / "run"), "loss") == only(metrics(undisturbed), "loss")

@@ -84,7 +84,7 @@ def long_run(corpus: Path, folder: Path, **overrides: Any) -> Path:
 def assert_ended_in_order(config: Path, why: str) -> None:
     told = status(config)
     assert told["status"] == "preempted"
-    assert told["reason"] == f"{why}: ended after update {told['step']}; goes on from step {told['step']}"
+    assert told["reason"] == f"{why}: ended after update {told['step']}; resumes from step {told['step']}"
     [checkpoint] = complete_checkpoints(config.with_suffix("") / "checkpoints")
     assert checkpoint.name == f"step-{told['step']:08d}"
     assert checkpoint_problems(checkpoint) == []
@@ -147,7 +147,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(
 ) -> None:
     tree = whole | {"output_dir": str(tmp_path / "run")}
     ask_after(step, monkeypatch, signal.SIGUSR1)
-    with pytest.raises(Stopped, match=f"SIGUSR1 came: ended after update {step}; goes on from step {step}"):
+    with pytest.raises(Stopped, match=f"received SIGUSR1: ended after update {step}; resumes from step {step}"):
         train(check(tree))
     monkeypatch.undo()
     assert status(tmp_path / "run.yaml")["status"] == "preempted"
@@ -163,7 +163,7 @@ def test_no_checkpoint_is_begun_that_would_take_too_long(
     tree = whole | {"output_dir": str(tmp_path / "run")}
     ask_after(7, monkeypatch, signal.SIGTERM)
     monkeypatch.setattr(Checkpoints, "expected_seconds", lambda _: 31.0)
-    with pytest.raises(Stopped, match="SIGTERM came: ended after update 7; goes on from step 5"):
+    with pytest.raises(Stopped, match="received SIGTERM: ended after update 7; resumes from step 5"):
         train(check(tree))
     assert not list((tmp_path / "run/checkpoints").glob(".tmp-*"))
 

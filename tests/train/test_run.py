@@ -142,7 +142,7 @@ def test_the_folder_tells_how_it_stands(run: Path) -> None:
 
 def test_the_written_config_is_the_same_run(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", str(run / "config.yaml")]) == 0
-    assert "going on from step 12" in capsys.readouterr().out
+    assert "resuming from step 12" in capsys.readouterr().out
 
 
 def test_nothing_of_the_warm_start_stays_in_memory(tiny_run: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
