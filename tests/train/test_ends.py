@@ -96,7 +96,7 @@ def test_a_signal_to_the_launcher_ends_the_run_in_order(corpus: Path, tmp_path: 
     with launched("ddp_cpu", config, log) as launcher:
         launcher.send_signal(signal.SIGTERM)
         assert wait_until(lambda: launcher.poll() is not None, log) < 25
-    assert_ended_in_order(config, "SIGTERM came")
+    assert_ended_in_order(config, "received SIGTERM")
 
 
 def test_a_signal_to_one_rank_ends_all_in_order(corpus: Path, tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_signal_to_one_rank_ends_all_in_order(corpus: Path, tmp_path: Path) ->
         assert wait_until(lambda: launcher.poll() is not None, log) < 25
         assert launcher.returncode != 0
     assert_ended_in_order(config, "asked to stop")
-    assert log.read_text().count("relora: SIGUSR1 came") == 1
+    assert log.read_text().count("relora: received SIGUSR1") == 1
     assert "exitcode  : 143" in log.read_text()
 
 
@@ -184,4 +184,4 @@ def test_the_command_ends_with_143(
     ask_after(3, monkeypatch, signal.SIGINT)
     path = written(whole | {"output_dir": str(tmp_path / "run")}, tmp_path)
     assert main(["train", str(path)]) == 143
-    assert "relora: SIGINT came: ended after update 3" in capsys.readouterr().err
+    assert "relora: received SIGINT: ended after update 3" in capsys.readouterr().err
