@@ -66,7 +66,8 @@ class Checkpoints:
             writer.write("moments", owned.of(_moments(engine, live, trained)))
         writer.write("outer", [entry_of(*item) for item in engine.outer.tensors().items()])
         with_state = {name: p for name, p in trained.items() if _has_state(engine, live, p)}
-        steps = {name: engine.store.step(live.optimizer, p) for name, p in with_state.items()}
+        counts = {name: engine.store.step(live.optimizer, p) for name, p in with_state.items()}
+        steps = {name: step for name, step in counts.items() if step is not None}
         stands = asdict(clock) | {"stage": stage, "cycle": cycle, "steps": steps}
         num_shares = engine.world.num_processes if engine.is_apart else 1
         writer.finish(final, stands | {"num_shares": num_shares} | dict(about))

@@ -17,9 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from relora.engines.base import TorchEngine, TrainState
-from relora.engines.sharded_store import ShardedStore
+from relora.engines.sharded_store import DistributedStore
 from relora.engines.world import World
-from relora.method.optimizer_state import Slot, fresh_state, moments, set_step
 from relora.method.store import Shard
 from relora.model.model import compile_in_place, recompute_activations
 
@@ -161,34 +160,18 @@ class FSDP2Engine(TorchEngine):
         return norm.full_tensor().to(self.world.device) if isinstance(norm, DTensor) else norm
 
 
-class FSDP2Store(ShardedStore):
+class FSDP2Store(DistributedStore):
     """DTensors, each rank with some rows of every parameter and of its moments."""
 
     def check(self, parameter: nn.Parameter) -> None:
         if not isinstance(parameter, DTensor):
             raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not sharded by fully_shard")
 
-    def raw_shape(self, parameter: nn.Parameter) -> torch.Size:
-        return parameter.shape
-
     def local_copies(self, parameter: nn.Parameter) -> Mapping[str, Shard]:
         return {"shard": _part(parameter.detach())}
 
-    def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
-        return "step" in optimizer.state.get(parameter, {}) and bool(self.slot_parts(optimizer, parameter))
-
-    def slot_parts(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Shard]:
-        state = moments(optimizer.state.get(parameter, {}), parameter.shape)
-        return {slot: _part(values) for slot, values in state.items()}
-
-    def step(self, optimizer: Optimizer, parameter: nn.Parameter) -> float:
-        return float(optimizer.state.get(parameter, {}).get("step", 0))
-
-    def write_step(self, optimizer: Optimizer, parameter: nn.Parameter, step: float) -> None:
-        set_step(optimizer.state[parameter], step)
-
-    def make_state(self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, Slot]) -> None:
-        optimizer.state[parameter] = fresh_state(optimizer, parameter, slots)
+    def _shard(self, optimizer: Optimizer, parameter: nn.Parameter, values: Tensor) -> tuple[torch.Size, Shard]:  # noqa: ARG002
+        return values.shape, _part(values) if isinstance(values, DTensor) else Shard(values, 0)
 
 
 def _part(tensor: Tensor) -> Shard:

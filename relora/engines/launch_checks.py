@@ -5,7 +5,7 @@ import os
 from relora.config import Config
 from relora.engines.deepspeed_config import deepspeed_problems
 from relora.engines.world import launched_engine
-from relora.method.base_weights import quantization_problem
+from relora.method.optimizer import optimizer_problems
 
 NOT_THERE = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_TP": "tensor parallelism"}
 SIZES_NOT_THERE = {
@@ -40,9 +40,7 @@ def launch_refusals(config: Config, num_processes: int) -> list[str]:
             "FSDP: fsdp_activation_checkpointing_offload: activations are computed again, none is kept on the host; "
             "set it to false"
         )
-    missing = quantization_problem(config.optim.name)
-    if missing is not None:
-        problems.append(f"optim.name = {missing}")
+    problems += optimizer_problems(config.optim.name, setting="optim.name")
     if kind != "local" and config.optim.name == "adamw_8bit":
         problems.append("optim.name = adamw_8bit: needs one process or DDP, in which every parameter is whole")
     if kind != "local" and config.relora.sync == "restart":

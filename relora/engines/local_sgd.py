@@ -43,7 +43,12 @@ class LocalSGDEngine(DDPEngine):
     def restart(self, live: TrainState, **how: Any) -> RestartReport:
         meeting = GatheringStore(self.world, set(map(id, _of_kind(live.model, "lora_A"))))
         report = restart(
-            live.model, live.optimizer, store=meeting, draw_index=self.draw_index, outer=self.outer.step, **how
+            live.model,
+            live.optimizer,
+            store=meeting,
+            draw_index=self.draw_index,
+            transform_delta=self.outer.step,
+            **how,
         )
         for name, parameter in _full_modules(live.model).items():
             mean = parameter.detach() / self.world.num_processes

@@ -1,18 +1,13 @@
-"""What the stores of sharded parameters have in common: full tensors put together from the parts of the ranks."""
-
-from abc import abstractmethod
-from collections.abc import Mapping
+"""Stores of several processes: full tensors are put together from the shards of all."""
 
 import torch
-from torch import Tensor, distributed, nn
-from torch.optim import Optimizer
+from torch import Tensor, distributed
 
-from relora.method.optimizer_state import Slot
-from relora.method.store import PartStore, Shard, TorchStore
+from relora.method.store import Shard, Store, TorchStore
 
 
-class DistributedStore(PartStore):
-    """Some tensors are spread over the processes: what a process reads of them is put together from all."""
+class DistributedStore(Store):
+    """Some tensors are sharded over the processes: reading these is collective, writing is not."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -33,23 +28,4 @@ class DistributedStore(PartStore):
 
 
 class ReplicatedStore(DistributedStore, TorchStore):
-    """Whole parameters on every process, which all do the same (DDP). Masters may be spread."""
-
-
-class ShardedStore(DistributedStore):
-    """Each rank holds its own part of a moment, and maybe of a parameter. Reading is collective, writing is not."""
-
-    @abstractmethod
-    def slot_parts(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Shard]:
-        """This rank's part of each moment; empty without state."""
-
-    def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Slot]:
-        shape = self.shape(parameter)
-        return {name: Slot(shape, part.values.dtype) for name, part in self.slot_parts(optimizer, parameter).items()}
-
-    def read_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str) -> Tensor:
-        return self.gather(self.shape(parameter), self.slot_parts(optimizer, parameter)[slot])
-
-    def write_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str, values: Tensor) -> None:
-        part = self.slot_parts(optimizer, parameter)[slot]
-        part.values.copy_(part.of(values))
+    """Whole parameters on every process, which all do the same (DDP). Masters may be sharded."""

@@ -123,7 +123,7 @@ class Callbacks:
                 reinit=relora.reinit,
                 optimizer_reset=relora.optimizer_reset,
                 prune_ratio=relora.prune_ratio,
-                carries=relora.carry_residual,
+                carry_residual=relora.carry_residual,
             )
         seconds = time.perf_counter() - start_s
         if not self.engine.world.all_equal(checksum(self.live.model, self.engine)):

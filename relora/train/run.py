@@ -5,7 +5,7 @@ launch, the model, the tokenizer and the data.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from relora.engines import (
 )
 from relora.errors import folder_problems
 from relora.method.base_weights import quantization_problem
-from relora.method.inject import find_modules, find_targets, inject_lora
+from relora.method.inject import inject_lora
+from relora.method.inject import problems as injection_problems
 from relora.method.parameter_report import parameter_report
 from relora.method.schedule import Schedule
 from relora.model.liger import liger_problems
@@ -148,10 +149,7 @@ def trainable_problems(config: Config, model: PreTrainedModel) -> list[str]:
 def lora_problems(config: Config, model: PreTrainedModel) -> list[str]:
     """What cannot be wrapped or saved, or would never be trained. Wraps the layers of `model`."""
     lora = lora_config(config)
-    saved = lora.modules_to_save
-    unknown = _problems_of(lambda: find_modules(model, saved)) if saved and saved != "rest" else []
-    findable = replace(lora, modules_to_save=None) if unknown else lora
-    found = [*unknown, *_problems_of(lambda: find_targets(model, findable))]
+    found = injection_problems(model, lora)
     if found:
         return [f"lora.{problem}" for problem in found]
     inject_lora(model, lora)

@@ -18,12 +18,10 @@ from relora.config.derived import lora_config
 from relora.engines import Engine, TrainState
 from relora.method.choices import StageName
 from relora.method.inject import inject_lora
-from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.method.optimizer import build_optimizer
 from relora.method.optimizer_state import Slot
-from relora.method.reinit import draw_lora_A
-from relora.method.restart import begin_carried
+from relora.method.restart import start_factors
 from relora.method.schedule import Schedule
 from relora.method.store import Store
 from relora.model.liger import use_liger_kernels
@@ -61,7 +59,9 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
     weights = first_weights(config, hf_config, engine.world) if state.stage is None else state.weights
     load_weights(live.model, weights, engine.store, factors=state.stage == stage.name)
     if stage.is_low_rank and state.stage != stage.name and config.relora.carry_residual:
-        begin_carried(live.model, seed=config.seed, store=engine.store)
+        start_factors(
+            live.model, seed=config.seed, reinit=config.relora.reinit, carry_residual=True, store=engine.store
+        )
     if state.stage == stage.name:
         _load_codes(live, state, engine.store)
         _load_optimizer(live, state, engine.store)
@@ -109,17 +109,14 @@ def freeze_untrained(model: nn.Module, trainable: str | None) -> None:
 
 def _draw_own(live: TrainState, cycle: int, config: Config, engine: Engine) -> None:
     """At a restart a rank that was not there before takes another's state, but searches in a subspace of its own."""
-    for name, layer in lora_layers(live.model).items():
-        A = draw_lora_A(
-            layer.r,
-            layer.in_features,
-            reinit=config.relora.reinit,
-            seed=config.seed,
-            index=cycle,
-            name=name,
-            draw_index=engine.draw_index,
-        )
-        engine.store.write(layer.lora_A, A)
+    start_factors(
+        live.model,
+        seed=config.seed,
+        reinit=config.relora.reinit,
+        store=engine.store,
+        draw_index=engine.draw_index,
+        index=cycle,
+    )
 
 
 def optimizer_for(model: nn.Module, config: Config) -> Optimizer:
@@ -148,7 +145,9 @@ def _load_optimizer(live: TrainState, state: State, store: Store) -> None:
     parameters: Mapping[str, nn.Parameter] = named_parameters(live.model)
     for name, moments in state.moments.items():
         parameter = parameters[name]
-        store.make_state(live.optimizer, parameter, {slot: Slot.of(values) for slot, values in moments.items()})
+        slots, step = {slot: Slot.of(values) for slot, values in moments.items()}, state.steps.get(name)
+        store.make_state(live.optimizer, parameter, slots, step=step)
         for slot, values in moments.items():
             store.write_slot(live.optimizer, parameter, slot, values)
-        store.write_step(live.optimizer, parameter, state.steps[name])
+        if step is not None:  # under ZeRO several parameters share one state, which may be there already
+            store.write_step(live.optimizer, parameter, step)
