@@ -19,9 +19,8 @@ from torch.optim import Optimizer
 
 from relora.config import Config
 from relora.engines.base import Engine, TrainState, restrict_layers
-from relora.engines.sharded_store import ShardedStore
+from relora.engines.sharded_store import DistributedStore
 from relora.engines.world import World
-from relora.method.optimizer_state import Slot, fresh_state, moments, set_step
 from relora.method.store import Shard
 from relora.model.model import compile_in_place, recompute_activations
 from relora.model.tasks import Task
@@ -168,34 +167,18 @@ class FSDP2Engine(Engine):
         self._units = []
 
 
-class FSDP2Store(ShardedStore):
+class FSDP2Store(DistributedStore):
     """DTensors: each process holds some rows of every parameter and of its moments."""
 
     def check(self, parameter: nn.Parameter) -> None:
         if not isinstance(parameter, DTensor):
             raise ValueError(f"a parameter of shape {tuple(parameter.shape)} is not sharded by fully_shard")
 
-    def raw_shape(self, parameter: nn.Parameter) -> torch.Size:
-        return parameter.shape
-
     def local_copies(self, parameter: nn.Parameter) -> Mapping[str, Shard]:
         return {"shard": _shard_of(parameter.detach())}
 
-    def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
-        return "step" in optimizer.state.get(parameter, {}) and bool(self.slot_shards(optimizer, parameter))
-
-    def slot_shards(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Shard]:
-        state = moments(optimizer.state.get(parameter, {}), parameter.shape)
-        return {slot: _shard_of(values) for slot, values in state.items()}
-
-    def step(self, optimizer: Optimizer, parameter: nn.Parameter) -> float:
-        return float(optimizer.state.get(parameter, {}).get("step", 0))
-
-    def write_step(self, optimizer: Optimizer, parameter: nn.Parameter, step: float) -> None:
-        set_step(optimizer.state[parameter], step)
-
-    def make_state(self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, Slot]) -> None:
-        optimizer.state[parameter] = fresh_state(optimizer, parameter, slots)
+    def _shard(self, optimizer: Optimizer, parameter: nn.Parameter, values: Tensor) -> tuple[torch.Size, Shard]:  # noqa: ARG002
+        return values.shape, _shard_of(values) if isinstance(values, DTensor) else Shard(values, 0)
 
 
 def _shard_of(tensor: Tensor) -> Shard:

@@ -26,7 +26,8 @@ def problems(config: Config, num_processes: int) -> list[str]:
         *_unsupported_launches(),
         *(deepspeed_problems(config, num_processes) if engine == "deepspeed" else []),
         *(_fsdp_problems() if engine == "fsdp2" else []),
-        *optimizer_problems(config.optim.name, whole_parameters=engine == "ddp"),
+        *optimizer_problems(config.optim.name, setting="optim.name"),
+        *_whole_parameter_problems(config, engine),
         *local_sgd.launch_problems(config, engine),
         *world_problems(num_processes, config.training.num_processes),
         *batch_problems(config, num_processes),
@@ -49,6 +50,13 @@ def _unsupported_launches() -> list[str]:
         "use one of the files in launch/"
         for name in sorted(asked)
     ]
+
+
+def _whole_parameter_problems(config: Config, engine: str) -> list[str]:
+    """An optimizer that needs every parameter whole on each process."""
+    if engine == "ddp" or config.optim.name != "adamw_8bit":
+        return []
+    return ["optim.name = adamw_8bit: needs one process or DDP, in which every parameter is whole"]
 
 
 def _fsdp_problems() -> list[str]:

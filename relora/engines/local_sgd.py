@@ -22,7 +22,7 @@ from relora.engines.entry import Entry, state_prefix
 from relora.engines.world import World
 from relora.method.lora import factor_names, lora_layers
 from relora.method.names import named_parameters
-from relora.method.restart import RestartReport, draw_factors
+from relora.method.restart import RestartReport, start_factors
 from relora.method.store import Store, TorchStore
 from relora.model.tasks import Task
 
@@ -118,7 +118,7 @@ class LocalSGDEngine(DDPEngine):
             return
         if draw_index != self.draw_index:
             # A process that is new since the checkpoint, which is then one of a restart, has another's factors.
-            draw_factors(
+            start_factors(
                 state.model,
                 seed=self._seed,
                 index=cycle,

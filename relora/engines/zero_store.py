@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora.engines.sharded_store import ShardedStore
-from relora.method.optimizer_state import Slot, fresh_state, moments, set_step
+from relora.engines.sharded_store import DistributedStore
+from relora.method.optimizer_state import Slot, fresh_state
 from relora.method.store import Shard
 
 
@@ -35,7 +35,7 @@ class Fragment:
         return Shard(flat.detach()[self.offset : self.offset + self.length], self.start, is_partial=True)
 
 
-class ZeroStore(ShardedStore):
+class ZeroStore(DistributedStore):
     """Parameters under ZeRO, with masters and moments in its flat partitions.
 
     Attributes:
@@ -62,29 +62,22 @@ class ZeroStore(ShardedStore):
             copies["fp32 master"] = fragment.shard_of(fragment.flat)
         return copies
 
-    def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
-        state = self._state(optimizer, parameter)
-        return "step" in state and bool(moments(state, _fragment(optimizer, parameter).flat.shape))
-
-    def slot_shards(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Shard]:
-        fragment = _fragment(optimizer, parameter)
-        flat_moments = moments(self._state(optimizer, parameter), fragment.flat.shape)
-        return {slot: fragment.shard_of(flat) for slot, flat in flat_moments.items()}
-
-    def step(self, optimizer: Optimizer, parameter: nn.Parameter) -> float:
-        return float(self._state(optimizer, parameter).get("step", 0))
-
-    def write_step(self, optimizer: Optimizer, parameter: nn.Parameter, step: float) -> None:
-        set_step(self._state(optimizer, parameter), step)
-
-    def make_state(self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, Slot]) -> None:
+    def make_state(
+        self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, Slot], *, step: float | None
+    ) -> None:
         inner, flat = _inner(optimizer), _fragment(optimizer, parameter).flat
-        if not inner.state.get(flat):
-            inner.state[flat] = fresh_state(inner, flat, slots)
+        if not inner.state.get(flat):  # several parameters share it
+            inner.state[flat] = fresh_state(inner, flat, slots, shape=self.shape(parameter), step=step)
 
     def _state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
         state: dict[str, Any] = _inner(optimizer).state.get(_fragment(optimizer, parameter).flat, {})
         return state
+
+    def _shard(self, optimizer: Optimizer, parameter: nn.Parameter, values: Tensor) -> tuple[torch.Size, Shard]:
+        fragment = _fragment(optimizer, parameter)
+        if values.shape == fragment.flat.shape:
+            return self.shape(parameter), fragment.shard_of(values)
+        return values.shape, Shard(values, 0)
 
 
 def _inner(zero: Any) -> Optimizer:

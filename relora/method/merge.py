@@ -1,4 +1,4 @@
-"""The one place where an update goes into its W."""
+"""The one place where an update goes into its W, or out of it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,26 +42,33 @@ def numerical_rank(matrix: Tensor, *, relative_to_largest: float = 1e-4) -> int:
     return int((values > relative_to_largest * values[0]).sum())
 
 
-Factors = tuple[Tensor, Tensor]
-Carry = Callable[[Tensor], Factors]
-
-
 @dataclass(frozen=True)
 class Merge:
-    """What the merge of one layer came to, as read back.
+    """How well the merge of one layer went, as read back.
 
     Attributes:
-        merge_error: |(W_new - W_old) - delta|_F / |delta|_F of the W that the model computes with, what the next
-            factors carry included.
+        merge_error: |(W_new - W_old) - delta|_F / |delta|_F of the W that the model computes with, together with the
+            product of new factors that begin at B != 0.
         master_error: the same of the exact W.
         effective_rank: of delta.
-        carried: the factors (A, B) of what the stored W has no room for, to go on from; None if they are drawn.
     """
 
     merge_error: float
     master_error: float
     effective_rank: float
-    carried: Factors | None = None
+
+
+@dataclass(frozen=True)
+class Offset:
+    """New factors with B != 0, whose product has been taken out of W.
+
+    Attributes:
+        product: scale * B @ A in the layout of W; None where W is stored exactly.
+        error: Frobenius norm of what the exact W lacks after that, by rounding.
+    """
+
+    product: Tensor | None
+    error: float
 
 
 @torch.no_grad()
@@ -69,8 +76,8 @@ def merge_layer(
     layer: LoRALinear,
     store: Store,
     *,
-    outer: Callable[[Tensor], Tensor] | None = None,
-    carry: Carry | None = None,
+    transform_delta: Callable[[Tensor], Tensor] | None = None,
+    start: Callable[[], Offset | None] | None = None,
 ) -> Merge:
     """W += delta, added in at least fp32 and rounded once to W's dtype, in place.
 
@@ -79,56 +86,51 @@ def merge_layer(
     further tensors of the size of W while it runs, five beside a coarser one.
 
     Args:
-        outer: what an outer optimizer makes of delta before it is added.
-        carry: as in `carry_residual`; None where the next factors are drawn.
+        transform_delta: gives what is added instead of delta, shard by shard (an outer optimizer).
+        start: writes the next factors once W holds the update; returns their offset if B != 0.
 
     Raises:
         RuntimeError: what is read back is further from what was written than the rounding of W's dtype.
     """
     if layer.kept is not None:
         layer.kept.drop()
-    A, B = store.read(layer.lora_A), store.read(layer.lora_B)
-    exact = store.master(layer.weight)
-    delta = _delta_of_part(layer, A, B, exact)
-    if outer is not None:
-        delta = outer(delta)
+    A, B = store.read(layer.lora_A), store.read(layer.lora_B)  # (r, d_in), (d_out, r)
     rank = effective_rank(factor_singular_values(A, B, layer.scale))
-    if layer.master is None:
-        error = _add(exact, delta, store)
-        return Merge(error, error, rank)
-    seen = store.dequantized(layer.weight).clone()
-    master_error = _add(exact, delta, store)
-    store.write(layer.weight, store.read(layer.weight))
-    now = store.dequantized(layer.weight)
-    carried = None if carry is None else carry_residual(layer, store, carry)
-    if carried is not None:
-        now = now + lora_delta(*carried, layer.scale, transposed=layer.transposed)
+    exact = store.master(layer.weight)
+    delta = delta_of_shard(layer, A, B, exact)
+    if transform_delta is not None:
+        delta = transform_delta(delta)
+    seen = None if layer.master is None else store.dequantized(layer.weight).clone()
+    size, error = _add(exact, delta, store)
+    if seen is not None:
+        store.write(layer.weight, store.read(layer.weight))  # from the master, rounded once
+    offset = start() if start is not None else None
+    if seen is None:
+        offset_error = offset.error if offset is not None else 0.0
+        return Merge(_ratio(error + offset_error, size), _ratio(error, size), rank)
     if exact.is_partial:
         delta = lora_delta(A, B, layer.scale, transposed=layer.transposed)
-    delta = delta.view(now.shape).to(now)
-    missed = (now - seen).sub_(delta)
-    return Merge(_ratio(missed.norm().item(), delta.norm().item()), master_error, rank, carried)
+    return Merge(_seen_error(layer, store, seen, delta, offset), _ratio(error, size), rank)
 
 
-@torch.no_grad()
-def carry_residual(layer: LoRALinear, store: Store, carry: Carry) -> Factors:
-    """Take what a coarser stored W lacks of the exact one into factors, as far as they can hold it.
+def take_out(layer: LoRALinear, A: Tensor, B: Tensor, store: Store) -> Offset:
+    """Exact W -= scale * B @ A, so that W and factors with B != 0 are together what W was. Rounds no coarser W.
 
-    The exact W is then less by their product, so that nothing counts twice: W + delta is what it was.
-
-    Args:
-        carry: makes factors (A, B) of what is lacking, which has the layout of W.
+    Raises:
+        RuntimeError: as in `merge_layer`.
     """
-    stored = store.dequantized(layer.weight)
-    A, B = carry(store.read(layer.weight).to(stored) - stored)
     exact = store.master(layer.weight)
-    kept = lora_delta(A, B, layer.scale, transposed=layer.transposed)
-    exact.values.sub_(exact.of(kept).to(exact.values))
-    return A, B
+    _, error = _add(exact, -delta_of_shard(layer, A, B, exact), store)
+    product = None if layer.master is None else lora_delta(A, B, layer.scale, transposed=layer.transposed)
+    return Offset(product, error)
 
 
-def _delta_of_part(layer: LoRALinear, A: Tensor, B: Tensor, part: Shard) -> Tensor:
-    """The entries of delta that belong to `part` of W, in its shape and on its device."""
+def delta_of_shard(layer: LoRALinear, A: Tensor, B: Tensor, part: Shard) -> Tensor:
+    """The entries of delta that belong to `part` of W, in its shape and on its device.
+
+    A shard may begin and end within a row. Entries 7 to 12 of a W with rows of 5, for example, lie in rows 1 and 2:
+    these are formed, and the first 2 of their 10 entries are cut off.
+    """
     width = layer.out_features if layer.transposed else layer.in_features
     first, last = part.start // width, -(-(part.start + part.values.numel()) // width)
     delta = lora_delta(A, B, layer.scale, transposed=layer.transposed, rows=slice(first, last))
@@ -136,8 +138,8 @@ def _delta_of_part(layer: LoRALinear, A: Tensor, B: Tensor, part: Shard) -> Tens
     return mine.view(part.values.shape).to(part.values.device)
 
 
-def _add(part: Shard, delta: Tensor, store: Store) -> float:
-    """Add to an exact W, and return |(W_new - W_old) - delta|_F / |delta|_F as read back."""
+def _add(part: Shard, delta: Tensor, store: Store) -> tuple[float, float]:
+    """Add to the exact W; returns |delta|_F and |(W_new - W_old) - delta|_F as read back, over all shards."""
     old = part.values.to(delta.dtype, copy=True)
     part.values.copy_(old + delta)
     missed = (part.values - old).sub_(delta)
@@ -146,7 +148,21 @@ def _add(part: Shard, delta: Tensor, store: Store) -> float:
     # Half a unit in the last place of each sum, and as much of each difference; a factor of two to spare.
     if not error <= 2 * torch.finfo(part.values.dtype).eps * (size_old + size):
         raise RuntimeError(f"a merge of norm {size:.3g} into a weight of {size_old:.3g} reads back {error:.3g} off")
-    return _ratio(error, size)
+    return size, error
+
+
+def _seen_error(layer: LoRALinear, store: Store, seen: Tensor, delta: Tensor, offset: Offset | None) -> float:
+    """|(W_new - W_old) - delta|_F / |delta|_F of a coarser W, as the model computes with it.
+
+    Args:
+        seen: W_old, dequantized.
+    """
+    now = store.dequantized(layer.weight)
+    if offset is not None and offset.product is not None:
+        now = now + offset.product.to(now)
+    delta = delta.view(now.shape).to(now)
+    missed = (now - seen).sub_(delta)
+    return _ratio(missed.norm().item(), delta.norm().item())
 
 
 def _ratio(error: float, size: float) -> float:

@@ -1,40 +1,18 @@
-"""The state that an Adam-like optimizer keeps of one parameter: moments, and a step count."""
+"""The optimizer's state of one parameter: which entries it has, what they mean, and how they begin.
 
-from collections.abc import Mapping
+Three kinds of entries are known: moments (floating point, of the parameter's shape), scalars (the step count, and
+others that an `OptimizerKind` names), and moments in a quantized format, with the tensors that belong to them.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
-BLOCK = 256
-# The slot of the codes -> those of their scales and their table.
-BESIDE = {"state1": ("absmax1", "qmap1"), "state2": ("absmax2", "qmap2")}
-OF_CODES = frozenset(name for names in BESIDE.values() for name in names)
-
-
-def coded_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """All tensors of the coded moments in an optimizer's state of one parameter; empty if its moments are plain."""
-    coded = [slot for slot in BESIDE if slot in state and state[slot].dtype == torch.uint8]
-    return {name: state[name] for slot in coded for name in (slot, *BESIDE[slot])}
-
-
-def decoded(codes: Tensor, scales: Tensor, table: Tensor) -> Tensor:
-    """The float32 moment that the codes mean, in their shape."""
-    values = table[codes.flatten().int()]
-    return values.mul_(scales.repeat_interleave(BLOCK)[: values.numel()]).view(codes.shape)
-
-
-def cleared(codes: Tensor, scales: Tensor, table: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """(codes, scales) with zero where `mask` is set, and every other entry exactly as it was.
-
-    The scale of a block that is cleared as a whole is zero too, as in a fresh state.
-    """
-    zero = int(table.abs().argmin())
-    kept = F.pad(~mask.flatten(), (0, -mask.numel() % BLOCK)).view(-1, BLOCK).any(1)
-    return codes.masked_fill(mask, zero), scales * kept
+STEP = "step"  # the name under which torch, bitsandbytes and DeepSpeed count the updates of a parameter
 
 
 @dataclass(frozen=True)
@@ -49,45 +27,115 @@ class Slot:
         return cls(tensor.shape, tensor.dtype)
 
 
-def moments(state: Mapping[str, Any], shape: torch.Size) -> dict[str, Tensor]:
-    """The entries of an optimizer's state that are moments, of the shape of what is optimized.
+@dataclass(frozen=True)
+class QuantizedMoments:
+    """A format in which an optimizer stores its moments as integers.
+
+    Attributes:
+        companions: name of a quantized moment -> the names of its scales and of its lookup table.
+        dequantize: (integers, scales, table) -> the moment in float32, of the integers' shape.
+        clear: (integers, scales, table, mask) -> (integers, scales) that mean zero where `mask` is set, and what they
+            meant elsewhere.
+    """
+
+    companions: Mapping[str, tuple[str, str]]
+    dequantize: Callable[[Tensor, Tensor, Tensor], Tensor]
+    clear: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """How an optimizer is built, and what a reset has to know of its state.
+
+    Attributes:
+        build: (parameter groups, settings) -> the optimizer. The groups carry `params`, `name` and `weight_decay`, the
+            settings `lr`, `betas` and `eps`, so that torch's AdamW is `AdamW(groups, **settings)`.
+        scalars: names of the scalars in its state, or names with their values before the first update. A bare name
+            begins at 0. Those that it does not use need not be there.
+        quantized: the format of moments that are stored as integers; None if all are floating point.
+        library: the module that must be installed, and `install`, the command that installs it.
+    """
+
+    build: Callable[[list[dict[str, Any]], dict[str, Any]], Optimizer]
+    scalars: Mapping[str, float] | tuple[str, ...] = (STEP,)
+    quantized: QuantizedMoments | None = None
+    library: str | None = None
+    install: str | None = None
+
+    @property
+    def initial_scalars(self) -> dict[str, float]:
+        """Each scalar's value before the first update."""
+        return dict(self.scalars) if isinstance(self.scalars, Mapping) else dict.fromkeys(self.scalars, 0.0)
+
+    def moments(self, slots: Mapping[str, Slot], shape: torch.Size) -> list[str]:
+        """The slots that are moments of a parameter of this shape, quantized or not, in alphabetical order.
+
+        In this order the first moment comes first (exp_avg, state1), however a checkpoint brought them back.
+        """
+        floats = {name for name, slot in slots.items() if slot.dtype.is_floating_point and slot.shape == shape}
+        return sorted(floats - self._companions(slots) - self.initial_scalars.keys() | self._quantized(slots))
+
+    def unknown(self, slots: Mapping[str, Slot], shape: torch.Size) -> list[str]:
+        """The slots that a reset cannot clear: neither moments nor companions of moments nor named scalars."""
+        scalars = {name for name in self.initial_scalars if name in slots and slots[name].shape.numel() == 1}
+        known = {*self.moments(slots, shape), *self._companions(slots), *scalars}
+        return [f"{name} {tuple(slot.shape)} {slot.dtype}" for name, slot in slots.items() if name not in known]
+
+    def _quantized(self, slots: Mapping[str, Slot]) -> set[str]:
+        """The moments that are integers now: small parameters of a quantized optimizer keep floating point ones."""
+        names = self.quantized.companions if self.quantized is not None else {}
+        return {name for name in names if name in slots and not slots[name].dtype.is_floating_point}
+
+    def _companions(self, slots: Mapping[str, Slot]) -> set[str]:
+        companions = self.quantized.companions if self.quantized is not None else {}
+        return {companion for name in self._quantized(slots) for companion in companions[name]}
+
+
+def state_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """All entries of an optimizer's state of one parameter but the step count.
 
     Raises:
-        ValueError: they are codes of a quantised optimizer.
+        ValueError: an entry is no tensor. It could be neither saved nor reset.
     """
-    found = {
-        name: value
-        for name, value in state.items()
-        if isinstance(value, Tensor) and value.shape == shape and name != "step"
-    }
-    coded = [name for name, value in found.items() if not value.is_floating_point()]
-    if coded:
-        raise ValueError(f"the optimizer keeps {', '.join(coded)} in codes: zero as a code is not zero as a value")
-    return found
+    entries = {name: value for name, value in state.items() if name != STEP and value is not None}
+    others = [f"{name} = {value!r}" for name, value in entries.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f"the optimizer's state has {', '.join(others)}: only {STEP} may be a number, the rest must be tensors"
+        )
+    return entries
 
 
 def set_step(state: dict[str, Any], step: float) -> None:
-    """Set Adam's step count, which torch keeps as a tensor and others as a number."""
-    if isinstance(state["step"], Tensor):
-        state["step"].fill_(step)
+    """Set the step count, which torch keeps as a tensor and others as a number."""
+    if isinstance(state[STEP], Tensor):
+        state[STEP].fill_(step)
     else:
-        state["step"] = type(state["step"])(step)
+        state[STEP] = type(state[STEP])(step)
 
 
-def fresh_state(optimizer: Optimizer, optimized: Tensor, slots: Mapping[str, Slot]) -> dict[str, Any]:
-    """State as the optimizer makes it before its first step, of what it optimizes itself (a parameter, a partition)."""
-    made = {
-        name: torch.zeros(slot.shape, dtype=slot.dtype, device=optimized.device)
-        if name in OF_CODES
-        else torch.zeros_like(optimized.detach(), dtype=slot.dtype)
-        for name, slot in slots.items()
-    }
-    return {"step": _fresh_step(optimizer, optimized.device), **made}
+def fresh_state(
+    optimizer: Optimizer, optimized: Tensor, slots: Mapping[str, Slot], *, shape: torch.Size, step: float | None
+) -> dict[str, Any]:
+    """State with exactly these slots, all zero, and a step count unless `step` is None.
 
-
-def _fresh_step(optimizer: Optimizer, device: torch.device) -> Tensor | int:
-    """Zero as torch counts, its fused and capturable updates on the device; others count in Python."""
-    if not type(optimizer).__module__.startswith("torch."):
-        return 0
+    Args:
+        optimized: what the optimizer itself updates: a parameter, or a flat partition of several.
+        shape: full shape of the parameter. A slot of this shape is a moment, and lies as `optimized` does.
+    """
+    # Torch keeps scalars in host memory, except for updates that a fused or captured kernel makes on the device.
     on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")
-    return torch.zeros((), dtype=torch.float32, device=device if on_device else "cpu")
+    scalars_device = optimized.device if on_device else torch.device("cpu")
+    state: dict[str, Any] = {}
+    if step is not None:
+        # Torch's optimizers, and what is derived from them, count in a float32 tensor; others in a Python int.
+        bases = [base for base in type(optimizer).__mro__ if base not in (Optimizer, object)]
+        is_torch = any(base.__module__.startswith("torch.optim") for base in bases)
+        state[STEP] = torch.tensor(float(step), dtype=torch.float32, device=scalars_device) if is_torch else int(step)
+    for name, slot in slots.items():
+        if slot.shape == shape:
+            state[name] = torch.zeros_like(optimized.detach(), dtype=slot.dtype)
+        else:
+            device = optimized.device if slot.shape else scalars_device
+            state[name] = torch.zeros(slot.shape, dtype=slot.dtype, device=device)
+    return state

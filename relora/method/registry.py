@@ -34,3 +34,17 @@ def resolve(setting: str, name: str, known: Mapping[str, T]) -> T:
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{setting} = {name}: cannot be imported ({error})") from error
     return found
+
+
+def resolve_object(setting: str, value: str | T, known: Mapping[str, T], kind: type[T]) -> T:
+    """`value` itself, or the object that its name stands for. A class of one's own is called without arguments.
+
+    Raises:
+        ValueError: as in `resolve`, or the result is no `kind`.
+    """
+    found: object = resolve(setting, value, known) if isinstance(value, str) else value
+    if isinstance(found, type) and issubclass(found, kind):
+        found = found()
+    if not isinstance(found, kind):
+        raise ValueError(f"{setting} = {value}: must be a {kind.__name__}, not {type(found).__name__}")
+    return found

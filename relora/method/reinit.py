@@ -1,64 +1,132 @@
-"""How A and B are drawn, at injection (index 0) and at every restart (index 1, 2, ...).
+"""How A and B begin, at injection (index 0) and at every restart (index 1, 2, ...).
 
-B is always zero and A never is. Zero for both would be a dead point: the gradient of each factor is a
-product with the other.
+A policy returns the factors of one layer. Those of the package draw A and leave B at zero. With B != 0 the restart
+takes scale * B @ A out of W: the function of the model stays the same, and the next merge is the ordinary one. A and B
+are never both zero: the gradient of each is a product with the other, so neither would ever change.
 """
 
 import hashlib
 import math
-from typing import get_args
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from relora.method.choices import ReinitName
+# Length of a row of a kaiming A on average, whatever d_in. Other policies make rows as long, so that a learning rate
+# tuned for one serves the others.
+ROW_LENGTH = math.sqrt(1 / 3)
+
+Factors = tuple[Tensor, Tensor]
 
 
-def keyed_generator(seed: int, index: int, purpose: str, name: str) -> torch.Generator:
-    """A CPU generator that depends on nothing but its key: the same on every rank, engine and resume."""
-    digest = hashlib.sha256(f"{seed}|{index}|{purpose}|{name}".encode()).digest()
-    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big"))
+@dataclass(frozen=True)
+class DrawKey:
+    """What a random draw depends on, and nothing else: the same on every process, engine and resume.
+
+    Attributes:
+        seed: of the run.
+        index: number of the restart; 0 is the beginning.
+        name: canonical name of the layer or factor.
+        draw_index: which of several independent draws; processes that train apart take their process index.
+    """
+
+    seed: int
+    index: int
+    name: str
+    draw_index: int = 0
+
+    def generator(self, purpose: str) -> torch.Generator:
+        """A CPU generator for one purpose; each purpose has a sequence of its own."""
+        purpose = f"{purpose}/{self.draw_index}" if self.draw_index else purpose
+        digest = hashlib.sha256(f"{self.seed}|{self.index}|{purpose}|{self.name}".encode()).digest()
+        return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "big"))
 
 
-def draw_lora_A(
-    r: int, d_in: int, *, reinit: ReinitName, seed: int, index: int, name: str, draw_index: int = 0
-) -> Tensor:
-    """A fresh A of shape (r, d_in), float32, on the CPU.
+@dataclass(frozen=True)
+class LayerView:
+    """What a policy may know of the layer whose factors it makes.
 
-    `kaiming` is PEFT's and the paper's kaiming_uniform with a = sqrt(5), that is U(-1, 1) / sqrt(d_in).
-    `orthogonal` has orthogonal rows of the length that kaiming's rows have on average, sqrt(1/3), so that a
-    learning rate tuned for the one serves the other.
+    Attributes:
+        name: canonical name of the layer.
+        r, in_features, out_features: the shapes of A (r, in_features) and B (out_features, r).
+        scale: the update is scale * B @ A.
+        read_weight: gives a copy of the exact W with all updates merged, (out_features, in_features), in at least
+            float32. Where W is sharded all processes must call it.
+    """
+
+    name: str
+    r: int
+    in_features: int
+    out_features: int
+    scale: float
+    read_weight: Callable[[], Tensor]
+
+
+class Reinit(ABC):
+    """A policy: what the new factors of a layer are.
+
+    Attributes:
+        carries_residual: True: `factors` is handed the rounding error of a quantized W, which is then left as it is.
+            False: a quantized W is rounded again once scale * B @ A is out of the exact one.
+    """
+
+    carries_residual: bool = False
+
+    @abstractmethod
+    def factors(self, layer: LayerView, key: DrawKey, residual: Tensor | None) -> Factors:
+        """A (r, in_features) and B (out_features, r), not both zero, the same on every process.
+
+        Args:
+            key: of all random draws.
+            residual: exact W less its quantized form, (out_features, in_features), float32; None if W is not
+                quantized, or the policy does not carry the residual.
+        """
+
+
+class Kaiming(Reinit):
+    """PEFT's and the paper's A: kaiming_uniform with a = sqrt(5), which is U(-1, 1) / sqrt(d_in). B = 0."""
+
+    def factors(self, layer: LayerView, key: DrawKey, residual: Tensor | None) -> Factors:  # noqa: ARG002
+        A = torch.empty(layer.r, layer.in_features)
+        torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=key.generator("lora_A"))
+        return A, torch.zeros(layer.out_features, layer.r)
+
+
+class Orthogonal(Reinit):
+    """Orthogonal rows of A, as long as kaiming's are on average. B = 0."""
+
+    def factors(self, layer: LayerView, key: DrawKey, residual: Tensor | None) -> Factors:  # noqa: ARG002
+        A = torch.empty(layer.r, layer.in_features)
+        torch.nn.init.orthogonal_(A, gain=ROW_LENGTH, generator=key.generator("lora_A"))
+        return A, torch.zeros(layer.out_features, layer.r)
+
+
+class Residual(Reinit):
+    """Factors whose product is nearly the best rank-r approximation of what quantization rounded away.
+
+    The rows of A are the first right singular vectors of the residual, as long as `Orthogonal` makes them, so that
+    training finds the same kind of A as after any other restart; B has the rest.
 
     Args:
-        name: canonical name of the wrapped layer, part of the key.
-        stream: which of several independent draws under the same key.
+        inner: the policy for layers that are not quantized.
     """
-    require_reinit(reinit)
-    generator = keyed_generator(seed, index, f"lora_A/{draw_index}" if draw_index else "lora_A", name)
-    A = torch.empty(r, d_in, dtype=torch.float32)
-    if reinit == "kaiming":
-        return torch.nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
-    return torch.nn.init.orthogonal_(A, gain=math.sqrt(1 / 3), generator=generator)
+
+    carries_residual = True
+
+    def __init__(self, inner: Reinit) -> None:
+        self.inner = inner
+
+    def factors(self, layer: LayerView, key: DrawKey, residual: Tensor | None) -> Factors:
+        if residual is None:
+            return self.inner.factors(layer, key, None)
+        # Randomized subspace iteration (arXiv 0909.4061), which svd_lowrank is. It draws from torch's global generator.
+        with torch.random.fork_rng(devices=[residual.device] if residual.is_cuda else []):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=key.generator("residual"))))
+            U, S, V = torch.svd_lowrank(residual.float(), q=layer.r, niter=2)  # (d_out, r), (r,), (d_in, r)
+        # scale * B @ A = U diag(S) V^T
+        return V.T * ROW_LENGTH, U * (S / (layer.scale * ROW_LENGTH))
 
 
-def residual_factors(residual: Tensor, r: int, scale: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A (r, d_in) and B (d_out, r) such that scale * B @ A is nearly the best rank-r approximation of `residual`.
-
-    The rows of A are those singular directions, orthogonal and as long as `orthogonal` draws them, so that training
-    finds the same A as after any other restart; B has the rest. By randomized subspace iteration (arXiv 0909.4061),
-    which torch.svd_lowrank is, from a generator of its own.
-
-    Args:
-        residual: (d_out, d_in).
-    """
-    with torch.random.fork_rng(devices=[residual.device] if residual.is_cuda else []):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
-        U, S, V = torch.svd_lowrank(residual.float(), q=r, niter=2)
-    length = math.sqrt(1 / 3)
-    return V.T * length, U * (S / (scale * length))
-
-
-def require_reinit(reinit: str) -> None:
-    """ValueError for a name that is none of ours; asked before a model is touched."""
-    if reinit not in get_args(ReinitName):
-        raise ValueError(f"reinit must be one of {get_args(ReinitName)}, not {reinit!r}")
+REINITS: Mapping[str, Reinit] = {"kaiming": Kaiming(), "orthogonal": Orthogonal()}

@@ -137,8 +137,9 @@ def _load_optimizer(live: TrainState, state: State, store: Store) -> None:
     parameters: Mapping[str, nn.Parameter] = named_parameters(live.model)
     for name, moments in state.moments.items():
         parameter = parameters[name]
-        store.make_state(live.optimizer, parameter, {slot: Slot.of(values) for slot, values in moments.items()})
+        slots, step = {slot: Slot.of(values) for slot, values in moments.items()}, state.steps.get(name)
+        store.make_state(live.optimizer, parameter, slots, step=step)
         for slot, values in moments.items():
             store.write_slot(live.optimizer, parameter, slot, values)
-        if name in state.steps:
-            store.write_step(live.optimizer, parameter, state.steps[name])
+        if step is not None:  # under ZeRO several parameters share one state, which may exist already
+            store.write_step(live.optimizer, parameter, step)

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from relora.checkpoint.load import open_checkpoint
 from relora.checkpoint.state import State
 from relora.config import check
-from relora.method.reinit import draw_lora_A
+from relora.method.reinit import REINITS, DrawKey, LayerView
 from relora.train.train import train
 from tests.checkpoint.test_resume import assert_same, stopped
 from tests.helpers import programs
@@ -246,7 +246,8 @@ def test_factors_stay_drawn_anew_after_the_next_update(pair: Run, step: int) -> 
         else:
             r, d_in = fresh.shape
             layer = name.removesuffix(".lora_A")
-            drawn = draw_lora_A(r, d_in, reinit="kaiming", seed=0, index=RESTARTS[step], name=layer)
+            view = LayerView(layer, r, d_in, out_features=1, scale=1.0, read_weight=torch.Tensor)
+            drawn, _ = REINITS["kaiming"].factors(view, DrawKey(0, RESTARTS[step], layer), None)
             # The gradient of A is a product with B, which was zero: the first update leaves A alone.
             torch.testing.assert_close(fresh, drawn, atol=0, rtol=0)
             torch.testing.assert_close(moved, drawn, atol=TOLERANCE, rtol=0)

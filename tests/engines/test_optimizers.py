@@ -10,7 +10,7 @@ import torch
 
 from relora.checkpoint.load import open_checkpoint
 from relora.config import check
-from relora.method.optimizer_state import BESIDE, decoded
+from relora.method.adamw_8bit import COMPANIONS, dequantize
 from relora.train.train import train
 from tests.checkpoint.test_resume import assert_same, stopped
 from tests.helpers.tiny import MODEL, metrics, only, settings
@@ -71,6 +71,6 @@ def test_checkpoints_hold_the_codes_as_they_are(runs: Callable[[str, str], Run])
     for name, of in coded.items():
         assert of["state2"].shape == of["state1"].shape
         assert of["absmax1"].shape == (-(-of["state1"].numel() // 256),)
-        moments = [decoded(*(of[key] for key in (slot, *BESIDE[slot]))) for slot in BESIDE]
+        moments = [dequantize(*(of[key] for key in (slot, *COMPANIONS[slot]))) for slot in COMPANIONS]
         assert [bool(moment.any()) for moment in moments] == [False, False] if "lora" in name else [True, True], name
         assert state.steps[name] == (0 if "lora" in name else 3)

@@ -13,7 +13,7 @@ from relora.method import base_weights
 from relora.method.base_weights import WeightFormat
 from relora.method.lora import LoRALinear, lora_layers
 from relora.method.optimizer import build_optimizer
-from relora.method.restart import begin_carried
+from relora.method.restart import start_factors
 from relora.method.store import TorchStore
 from tests.helpers.toy import CONFIG, toy, update
 
@@ -121,7 +121,7 @@ def test_carried_factors_keep_more_of_the_function(base_dtype: base_weights.Base
         layer = lora_layers(model)["conv"]
         assert layer.master is not None
         expected = layer.master.values.view(layer.weight_format.shape).double() + layer.delta()
-        restart(model, optimizer, seed=0, index=1, carries=carries)
+        restart(model, optimizer, seed=0, index=1, carry_residual=carries)
         # Whatever the factors carry, the exact weight and they are together what they were.
         torch.testing.assert_close(
             layer.master.values.view(layer.weight_format.shape) + layer.delta(), expected.float()
@@ -150,7 +150,7 @@ def test_carried_factors_are_the_best_of_their_rank() -> None:
     store = TorchStore()
     store.register(lora_layers(model).values())
     residual = store.read(layer.weight).clone() - store.dequantized(layer.weight)
-    begin_carried(model, seed=0, store=store)
+    start_factors(model, seed=0, carry_residual=True, store=store)
     best = torch.linalg.svdvals(residual)[layer.r :].norm()
     assert (residual - layer.delta()).norm() < 1.05 * best
     # A is as after any other restart: orthogonal rows, of the length that kaiming's have on average.

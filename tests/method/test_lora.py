@@ -170,7 +170,7 @@ def test_a_wrapped_model_can_be_copied_and_its_state_loaded() -> None:
     assert torch.equal(other(x), model(x))
 
 
-def test_census_counts_and_bytes() -> None:
+def test_the_report_counts_parameters_and_bytes() -> None:
     model = toy()
     model.outer.bfloat16()
     report = inject_lora(model, LoRAConfig(r=3, target_modules=["inner", "outer"], modules_to_save=["norm"]))
@@ -186,7 +186,7 @@ def test_census_counts_and_bytes() -> None:
     assert report.as_dict()["factors"]["num_parameters"] == report.factors.num_parameters
 
 
-def test_census_counts_a_tied_parameter_once() -> None:
+def test_the_report_counts_a_tied_parameter_once() -> None:
     model = build("llama_tied")
     report = parameter_report(model)
     assert report.full.num_parameters == sum({id(p): p.numel() for p in model.parameters()}.values())
@@ -348,7 +348,7 @@ def test_modules_to_save_that_stand_for_nothing_are_refused() -> None:
 
 
 def test_an_unknown_reinit_is_refused() -> None:
-    assert_refused("llama", "reinit .*'gaussian'", {}, reinit="gaussian")
+    assert_refused("llama", "reinit = gaussian: must be", {}, reinit="gaussian")
 
 
 def test_injecting_twice_is_refused() -> None:
@@ -390,7 +390,7 @@ def test_an_optimizer_needs_something_to_train_and_a_name_it_knows() -> None:
     model = toy().requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
         build_optimizer(model)
-    with pytest.raises(ValueError, match="'sgd'"):
+    with pytest.raises(ValueError, match="optimizer = sgd: must be"):
         build_optimizer(toy(), name="sgd")
 
 

@@ -1,7 +1,8 @@
-"""Restarts of an optimizer whose moments are 8-bit codes: what counts as zero is the value, not the code."""
+"""Restarts of an optimizer with 8-bit moments: zero is the value 0, not the index 0."""
 
 import importlib.util
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora import LoRAConfig, build_optimizer, inject_lora, restart
-from relora.method import optimizer as optimizer_module
-from relora.method.optimizer_state import BESIDE, coded_tensors, decoded
+from relora.method.adamw_8bit import ADAMW_8BIT, COMPANIONS, dequantize
+from relora.method.optimizer import OPTIMIZERS
 from relora.method.store import TorchStore
 
 WIDE, NARROW, R = 1100, 30, 4  # A of the wide layer has 4400 entries, 17 blocks and a part; of the narrow one 120
@@ -41,37 +42,40 @@ def factors(model: nn.Module) -> list[nn.Parameter]:
 def values(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
     """The two moments as numbers."""
     state = optimizer.state[parameter]
-    coded = coded_tensors(state)
-    return {
-        slot: decoded(*(state[name] for name in (slot, *BESIDE[slot]))) if coded else state[slot] for slot in BESIDE
-    }
+    if state["state1"].dtype != torch.uint8:
+        return {slot: state[slot] for slot in COMPANIONS}
+    return {slot: dequantize(*(state[name] for name in (slot, *COMPANIONS[slot]))) for slot in COMPANIONS}
 
 
 def fill(optimizer: Optimizer, parameter: nn.Parameter) -> None:
     """Moments none of whose entries is zero."""
     generator = torch.Generator().manual_seed(1)
-    for slot in BESIDE:
+    for slot in COMPANIONS:
         state = optimizer.state[parameter]
         if state[slot].dtype == torch.uint8:
             state[slot].random_(1, 100, generator=generator)
-            state[BESIDE[slot][0]].uniform_(0.5, 2, generator=generator)
+            state[COMPANIONS[slot][0]].uniform_(0.5, 2, generator=generator)
         else:
             state[slot].uniform_(0.5, 2, generator=generator)
 
 
-def test_wide_factors_are_coded_and_narrow_ones_are_not() -> None:
+def test_wide_factors_are_quantized_and_narrow_ones_are_not() -> None:
     model, optimizer = trained()
     kinds = [optimizer.state[p]["state1"].dtype for p in factors(model)]
     assert kinds == [torch.uint8, torch.float32, torch.float32, torch.uint8]
-    assert set(TorchStore().slots(optimizer, factors(model)[0])) == {*BESIDE, *BESIDE["state1"], *BESIDE["state2"]}
-    assert set(TorchStore().slots(optimizer, factors(model)[1])) == set(BESIDE)
+    assert set(TorchStore().slots(optimizer, factors(model)[0])) == {
+        *COMPANIONS,
+        *COMPANIONS["state1"],
+        *COMPANIONS["state2"],
+    }
+    assert set(TorchStore().slots(optimizer, factors(model)[1])) == set(COMPANIONS)
 
 
-def test_decoded_is_what_bitsandbytes_takes_it_for() -> None:
+def test_dequantized_is_what_bitsandbytes_computes_with() -> None:
     model, optimizer = trained()
     for parameter in (factors(model)[0], factors(model)[3]):
         state = optimizer.state[parameter]
-        for slot, (scales, table) in BESIDE.items():
+        for slot, (scales, table) in COMPANIONS.items():
             theirs = torch.ops.bitsandbytes.dequantize_blockwise(
                 state[slot].flatten(), state[scales], state[table], 256, torch.float32
             )
@@ -117,14 +121,15 @@ def test_pruning_clears_exactly_the_ratio_and_leaves_the_rest_to_the_bit(reset: 
         assert optimizer.state[p]["step"] == 3
 
 
-def test_codes_of_zero_are_not_zero_and_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_of_zero_is_not_the_value_zero_and_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer = trained()
 
-    def codes_only(codes: Tensor, scales: Tensor, table: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-        return codes.masked_fill(mask, 0), scales
+    def fill_only(integers: Tensor, scales: Tensor, table: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+        return integers.masked_fill(mask, 0), scales
 
-    monkeypatch.setattr(optimizer_module, "cleared", codes_only)
-    with pytest.raises(RuntimeError, match="reads back with 4400 that are not 0"):
+    wrong = replace(ADAMW_8BIT, quantized=replace(ADAMW_8BIT.quantized, clear=fill_only))
+    monkeypatch.setitem(OPTIMIZERS, "adamw_8bit", wrong)
+    with pytest.raises(RuntimeError, match="4400 cleared entries of state1, state2 read back as not 0"):
         restart(model, optimizer, seed=0, index=1)
     state = optimizer.state[factors(model)[0]]
     assert not state["state1"].any()
@@ -134,10 +139,12 @@ def test_codes_of_zero_are_not_zero_and_are_refused(monkeypatch: pytest.MonkeyPa
 def test_without_bitsandbytes_the_message_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = trained(0)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"adamw_8bit needs bitsandbytes: pip install 'relora\[quantization\]'"):
+    with pytest.raises(ValueError, match=r"adamw_8bit: needs bitsandbytes: pip install 'relora\[quantization\]'"):
         build_optimizer(model, name="adamw_8bit")
 
 
 def test_unknown_optimizer() -> None:
-    with pytest.raises(ValueError, match=r"must be one of .*adamw_8bit.*, not 'sgd'"):
+    with pytest.raises(
+        ValueError, match=r"optimizer = sgd: must be adamw, adamw_fused, adamw_8bit, or module:attribute"
+    ):
         build_optimizer(trained(0)[0], name="sgd")
