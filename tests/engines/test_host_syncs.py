@@ -167,7 +167,9 @@ def test_ten_bad_batches_in_a_row_stop_the_run(
 ) -> None:
     tree = settings_of(tiny_run, "run", logging_steps=100)
     poison(monkeypatch, tree, tuple(range(5, 15)))
-    with pytest.raises(NotFiniteError, match=r"step 14: .* 10 in a row, so the run stops\. No skipped batch has changed"):
+    with pytest.raises(
+        NotFiniteError, match=r"step 14: .* 10 in a row, so the run stops\. No skipped batch has changed"
+    ):
         train(check(tree))
 
 
