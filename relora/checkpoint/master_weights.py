@@ -54,11 +54,11 @@ def _bring(engine: Engine, layer: LoRALinear, _: object) -> None:
     assert layer.master is not None
     shape, master = torch.Size(layer.weight_format.shape), layer.master
     whole = engine.store.gather(shape, master) if master.is_partial else master.values.view(shape)
-    layer.instead = whole.to(engine.world.device)
+    layer.override = whole.to(engine.world.device)
 
 
 def _drop(layer: LoRALinear, *_: object) -> None:
-    layer.instead = None
+    layer.override = None
 
 
 def _share(engine: Engine, layer: LoRALinear) -> tuple[int, int]:

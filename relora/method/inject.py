@@ -10,6 +10,7 @@ from torch import nn
 from relora.method.choices import ReinitName
 from relora.method.lora import LoRAConfig, LoRALinear, is_linear, lora_layers
 from relora.method.merge import merge_layer
+from relora.method.merged_cache import attach_caches
 from relora.method.names import canonical, named_parameters, tied_names
 from relora.method.parameter_report import ParameterReport, parameter_report
 from relora.method.reinit import draw_lora_A, require_reinit
@@ -143,6 +144,8 @@ def inject_lora(
     for name in targets:
         model.set_submodule(name, LoRALinear.from_linear(model.get_submodule(name), config))
     group_siblings(model)
+    if config.keep_merged:
+        attach_caches(lora_layers(model).values())
     for name, layer in lora_layers(model).items():
         draw_into(layer, reinit=reinit, seed=seed, index=0, name=name, draw_index=draw_index)
     return parameter_report(model)
@@ -176,8 +179,6 @@ def merge_lora(model: nn.Module) -> nn.Module:
         store.check(parameter)
     for name, layer in layers.items():
         merge_layer(layer, store)
-        if layer.siblings is not None:
-            layer.siblings.leave()
         model.set_submodule(name, layer.to_linear())
     return model
 

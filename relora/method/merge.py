@@ -85,8 +85,8 @@ def merge_layer(
     Raises:
         RuntimeError: what is read back is further from what was written than the rounding of W's dtype.
     """
-    if layer.kept is not None:
-        layer.kept.drop()
+    if layer.cache is not None:
+        layer.cache.drop()
     A, B = store.read(layer.lora_A), store.read(layer.lora_B)
     exact = store.master(layer.weight)
     delta = _delta_of_part(layer, A, B, exact)

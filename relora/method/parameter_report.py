@@ -97,8 +97,8 @@ def describe_routes(model: nn.Module, num_tokens: int, dtype: torch.dtype) -> st
     layers = lora_layers(model).values()
     chosen = Counter(layer.route(num_tokens, dtype) for layer in layers)
     words = [f"{route} in {count} layers" for route, count in chosen.most_common()]
-    if any(layer.kept is not None for layer in layers):
-        keep = all(layer.keeps_merged for layer in layers)
+    if any(layer.cache is not None for layer in layers):
+        keep = all(layer.active_cache is not None for layer in layers)
         words.append(f"W + delta is {'kept' if keep else 'not kept, as W is spread over the processes'}")
     return f"  forward: {', '.join(words)}"
 
