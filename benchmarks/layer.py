@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from relora import LoRAConfig, inject_lora
 from relora.method.lora import LoRALinear
+from relora.method.merged_cache import attach_caches
 from relora.method.routes import flop_limit
 
 OURS: dict[str, dict[str, Any]] = {
@@ -106,6 +107,8 @@ def layers(d_in: int, d_out: int, r: int) -> dict[str, nn.Module]:
 
 def wrapped(d_in: int, d_out: int, config: LoRAConfig) -> LoRALinear:
     layer = LoRALinear.from_linear(nn.Linear(d_in, d_out, bias=False), config)
+    if config.keep_merged:
+        attach_caches([layer])
     nn.init.normal_(layer.lora_B, std=0.02)
     return layer
 
@@ -143,8 +146,8 @@ class Call:
     def seconds(self) -> float:
         """Of one forward and backward pass."""
         for module in self._module.modules():
-            if isinstance(module, LoRALinear) and module.kept is not None:
-                module.kept.drop()
+            if isinstance(module, LoRALinear) and module.cache is not None:
+                module.cache.drop()
         start = self._now()
         torch.autograd.backward(self._outputs(), self._dys)
         end = self._now()

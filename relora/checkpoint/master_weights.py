@@ -52,10 +52,10 @@ def exact_weights(model: nn.Module, engine: Engine) -> Iterator[None]:
         assert layer.master is not None
         shape, master = torch.Size(layer.weight_format.shape), layer.master
         full = engine.store.gather(shape, master) if master.is_partial else master.values.view(shape)
-        layer.instead = full.to(engine.world.device)
+        layer.override = full.to(engine.world.device)
 
     def release(layer: LoRALinear, *_: object) -> None:
-        layer.instead = None
+        layer.override = None
 
     layers = [layer for layer in lora_layers(model).values() if layer.master is not None]
     with ExitStack() as stack:

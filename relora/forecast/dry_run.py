@@ -4,7 +4,6 @@ torch's FakeTensorMode gives every tensor its shape, dtype and life, and no memo
 model really keeps, whatever its architecture: autocast, checkpointing, masks and the loss included.
 """
 
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -23,7 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from relora.config import Config, ModelSection, UserError
 from relora.engines import TrainState, World
 from relora.engines.ddp import DDPEngine
-from relora.method import kernels as projection
+from relora.method.kernels import GPU_LAYOUT, layout
 from relora.method.lora import lora_layers
 from relora.method.merge import merge_layer
 from relora.method.store import TorchStore
@@ -151,7 +150,7 @@ def rehearse(
     Raises:
         UserError: the model cannot compute without values: torch knows no shapes for one of its operations.
     """
-    with fake() as live, layers_as_there(on_gpu=on_gpu):
+    with fake() as live, layout(GPU_LAYOUT) if on_gpu else nullcontext():
         model = fake_model(stage, config, hf_config)
         engine = DDPEngine(
             cast(World, OneProcess()),
@@ -172,13 +171,6 @@ def rehearse(
         optimizer_state=state,
         merge=merge,
     )
-
-
-@contextmanager
-def layers_as_there(*, on_gpu: bool) -> Iterator[None]:
-    """Let the kernels form and lay out as on a GPU, although what has no values is on a CPU."""
-    with patch.multiple(projection, BLOCK_ROWS=sys.maxsize, LINE_BYTES=1) if on_gpu else nullcontext():
-        yield
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from relora.method.lora import LoRAConfig, LoRALinear, is_linear, lora_layers
 from relora.method.merge import merge_layer
+from relora.method.merged_cache import attach_caches
 from relora.method.names import canonical, named_parameters, tied_names
 from relora.method.parameter_report import ParameterReport, parameter_report
 from relora.method.registry import resolve_object
@@ -56,6 +57,8 @@ def inject_lora(
         model.set_submodule(name, LoRALinear.from_linear(model.get_submodule(name), config))
     group_siblings(model)
     layers, store = lora_layers(model), TorchStore()
+    if config.keep_merged:
+        attach_caches(layers.values())
     store.register(layers.values())
     for name, layer in layers.items():
         # Tensors without values are on the meta device, or fake (a subclass).
@@ -83,8 +86,6 @@ def merge_lora(model: nn.Module) -> nn.Module:
         store.check(parameter)
     for name, layer in layers.items():
         merge_layer(layer, store)
-        if layer.siblings is not None:
-            layer.siblings.leave()
         model.set_submodule(name, layer.to_linear())
     return model
 

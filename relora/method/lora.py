@@ -8,18 +8,22 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, cast, get_args
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from relora.method.base_weights import WeightFormat
 from relora.method.choices import BaseDtype, Bias, Forward, Route
-from relora.method.kernels import Fixed, Projection, compute_dtype, project, project_dropped
-from relora.method.merged_cache import MergedWeightCache, can_cache, mark_written_in_place
+from relora.method.kernels import Projection, compute_dtype, project, project_dropped
 from relora.method.names import canonical
-from relora.method.routes import choose_route, form_cost, merge_problem
+from relora.method.routes import layer_route, merge_problem
 from relora.method.store import Shard
+
+if TYPE_CHECKING:
+    from relora.method.merged_cache import MergedWeightCache
+    from relora.method.siblings import SiblingGroup
 
 
 def lora_delta(A: Tensor, B: Tensor, scale: float, *, transposed: bool, rows: slice = slice(None)) -> Tensor:
@@ -29,6 +33,9 @@ def lora_delta(A: Tensor, B: Tensor, scale: float, *, transposed: bool, rows: sl
         A: (r, d_in).
         B: (d_out, r).
         rows: of the weight, for a process that holds only these.
+
+    Returns:
+        (d_out, d_in), or (d_in, d_out) if `transposed`; fewer rows with `rows`.
     """
     if transposed:
         A = A[:, rows]
@@ -42,7 +49,7 @@ def lora_delta(A: Tensor, B: Tensor, scale: float, *, transposed: bool, rows: sl
 
 @contextmanager
 def _full_precision(device_type: str) -> Iterator[None]:
-    """Neither autocast nor TF32: either would round what is merged to 8 or 10 bits."""
+    """Disable autocast and TF32: either would round an update to 8 or 10 bits."""
     # Not allow_tf32: reading it raises once anyone has set fp32_precision, and writing it back undoes "medium".
     matmul = torch.backends.cuda.matmul
     precision = matmul.fp32_precision
@@ -70,10 +77,11 @@ class LoRAConfig:
             name must match, or names and suffixes of names.
         modules_to_save: modules that train in full, by name or suffix; "rest" for every parameter that is
             not a wrapped weight; None for none.
-        base_dtype: how the frozen weights are stored; None as they come. Beside a coarser grid than float32 an
-            exact fp32 master of each is kept in host memory.
+        base_dtype: how the frozen weights are stored; None for their own dtype. If it is coarser than float32, an
+            exact fp32 master of each weight is held in host memory.
         forward: merged (one product with W + delta), factored (x A^T B^T beside x W^T), or auto: the cheaper.
-        keep_merged: keep W + delta of the merged route until the factors change, instead of forming it twice.
+        keep_merged: cache W + delta of the merged route until W or the factors change, instead of forming it in
+            both passes. For models whose parameters torch's optimizers write (`LoRALinear.can_cache`).
     """
 
     r: int = 128
@@ -108,16 +116,6 @@ class LoRAConfig:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-class Siblings(Protocol):
-    """Layers that read the same x, and are computed together (groups.py)."""
-
-    def take(self, layer: "LoRALinear", x: Tensor) -> Tensor | None:
-        """What `layer` makes of x, if it was or now is computed with the others; else the layer computes alone."""
-
-    def leave(self) -> None:
-        """Let each layer compute alone from now on."""
-
-
 class LoRALinear(nn.Module):
     """y = x W^T + bias + scale * dropout(x) A^T B^T, around an `nn.Linear` or a Conv1D.
 
@@ -126,19 +124,23 @@ class LoRALinear(nn.Module):
     draw A from a key instead.
 
     Attributes:
-        weight: W as it is stored: of its own shape, or codes.
-        grid: how it is stored.
-        master: the exact W in float32 in host memory, or this process's part of it, beside a stored W that is
-            coarser; else None.
-        instead: W in its own shape, to compute with in place of what is stored; None but for a moment.
-        siblings: the layers that it is computed with, if there are any.
-        kept: W + delta, as long as it is kept.
+        weight: W as it is stored: of its own shape, or quantized and flat.
+        weight_format: how W is stored.
+        transposed: W is (d_in, d_out), as in a Conv1D.
+        master: the exact W in float32 in host memory, or this process's shard of it, where the stored W is coarser;
+            else None.
+        forward_choice: `LoRAConfig.forward`.
+        override: full-precision W (of its own shape) to use instead of the stored one; set only inside
+            `exact_weights`.
+        siblings: the layers that it is computed together with, if there are any.
+        cache: of W + delta, if the model keeps it (`attach_caches`).
+        can_cache: writes to W, A and B are seen by torch's version counters or end in a step of a torch optimizer, and
+            W stays whole between passes. An engine for which this does not hold sets it to False.
+        can_group: the parameters are whole while a sibling computes. An engine that gathers one layer at a time sets
+            it to False.
     """
 
     bias: nn.Parameter | None
-    master: Shard | None
-    instead: Tensor | None
-    siblings: Siblings | None
 
     def __init__(self, plain: nn.Module, config: LoRAConfig) -> None:
         super().__init__()
@@ -146,25 +148,28 @@ class LoRALinear(nn.Module):
         self.transposed = is_conv1d(plain)
         d_out, d_in = reversed(weight.shape) if self.transposed else weight.shape
         self.in_features, self.out_features, self.r = d_in, d_out, config.r
-        self.scale = config.scale
+        self.scale, self.forward_choice = config.scale, config.forward
         self.weight_format = WeightFormat(config.base_dtype, tuple(weight.shape))
         stored = self.weight_format.quantize(weight.detach())
-        # The same parameter where nothing is rounded: others may hold it.
+        # The same parameter where nothing is rounded: other modules may hold it.
         is_same = (stored.dtype, stored.shape) == (weight.dtype, weight.shape)
         self.weight = weight if is_same else nn.Parameter(stored, requires_grad=False)
-        self.master = Shard(_on_host(weight.detach().float()), 0) if self.weight_format.needs_master else None
+        self.master: Shard | None = None
+        if self.weight_format.needs_master:
+            exact = weight.detach().float()
+            self.master = Shard(exact if exact.is_meta else exact.cpu(), 0)
         self.bias = bias
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.empty(config.r, d_in, dtype=dtype, device=weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.lora_B = nn.Parameter(torch.zeros(d_out, config.r, dtype=dtype, device=weight.device))
         self.dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        self.how, self.siblings, self.instead = config.forward, None, None
-        self.kept = MergedWeightCache() if config.keep_merged else None
-        if config.keep_merged:
-            mark_written_in_place(self.lora_A, self.lora_B)
-        self.route(1, dtype)  # refuses a merged route that is impossible
-        # The plain layer waits beside the module tree, without parameters: fully_shard replaces those of the
+        self.override: Tensor | None = None
+        self.siblings: SiblingGroup | None = None
+        self.cache: MergedWeightCache | None = None
+        self.can_cache = self.can_group = True
+        self.route(1, dtype)  # raises if the merged route is asked for and impossible
+        # The plain layer is kept outside of the module tree, without parameters: fully_shard replaces those of the
         # tree, and a second reference would keep the whole weight in memory.
         plain.register_parameter("weight", None)
         plain.register_parameter("bias", None)
@@ -173,13 +178,16 @@ class LoRALinear(nn.Module):
 
     @classmethod
     def from_linear(cls, plain: nn.Module, config: LoRAConfig) -> "LoRALinear":
-        """Wrap `plain`; its weight is frozen, and stays where it is unless it is to be stored otherwise."""
+        """Wrap `plain`; its weight is frozen, and stays where it is unless `config` stores it otherwise."""
         layer = cls(plain, config)
         layer.weight.requires_grad_(False)
         return layer
 
     def to_linear(self) -> nn.Module:
-        """The plain layer again, holding this layer's weight and bias as they now are; A and B are dropped."""
+        """The plain layer again, holding this layer's current weight and bias; A and B are dropped."""
+        if self.siblings is not None:
+            self.siblings.dissolve()
+        self.cache = None
         plain = cast(nn.Module, self.__dict__["_plain"])
         weight = self.weight
         if weight.dtype != self._plain_dtype or self.master is not None:
@@ -190,9 +198,10 @@ class LoRALinear(nn.Module):
         return plain
 
     def forward(self, x: Tensor) -> Tensor:
-        together = self.siblings.take(self, x) if self.siblings is not None else None
-        if together is not None:
-            return together
+        """(..., d_in) -> (..., d_out)."""
+        shared = self.siblings.take(self, x) if self.siblings is not None else None
+        if shared is not None:
+            return shared
         projection = self.projection(x)
         if self.active_dropout:
             return project_dropped(x, self.dropout(x), projection)
@@ -200,49 +209,54 @@ class LoRALinear(nn.Module):
         return y
 
     def projection(self, x: Tensor) -> Projection:
-        """What the kernels need to know of this layer for a call with x, by the route that it takes."""
-        dtype, grad = compute_dtype(x), torch.is_grad_enabled()
-        route = self.route(x.numel() // self.in_features, dtype, with_gradients=grad)
+        """This layer's product with x (..., d_in), for the kernels, by the route that such a call takes."""
+        dtype, cache = compute_dtype(x), self.active_cache
+        route = self.route(x.numel() // self.in_features, dtype, with_gradients=torch.is_grad_enabled())
         weight, weight_format = cast(Tensor, self.weight), self.weight_format
-        if self.instead is not None:
-            weight, weight_format = self.instead, WeightFormat(None, weight_format.shape)
-        fixed = Fixed(weight_format, self.scale, self.transposed, route)
-        projection = Projection(fixed, weight, self.bias, self.lora_A, self.lora_B)
-        if self.kept is None or route == "factored" or not self.keeps_merged:
+        if self.override is not None:
+            weight, weight_format = self.override, WeightFormat(None, weight_format.shape)
+        tensors = (weight, self.bias, self.lora_A, self.lora_B)
+        projection = Projection(*tensors, None, weight_format, self.scale, self.transposed, route)
+        if cache is None or route == "factored":
             return projection
-        return replace(projection, kept=self.kept.of(projection, dtype))
+        return replace(projection, merged=cache.get((weight, self.lora_A, self.lora_B), dtype, projection.form))
 
     def route(self, num_tokens: int, dtype: torch.dtype, *, with_gradients: bool = True) -> Route:
-        """How a call with so many tokens is computed.
+        """The route of a call with `num_tokens` tokens that computes in `dtype`.
 
         Raises:
             ValueError: the merged route is asked for, and W is no longer stored exactly.
         """
-        problem = merge_problem(self.weight_format.name, self.weight.dtype, self.active_dropout)
-        if problem is not None and self.how == "merged":
-            raise ValueError(f"forward = merged: {problem}")
-        num_forms = 1.0 + with_gradients
-        if self.kept is not None and self.keeps_merged:
-            num_forms = 1.0 - self.kept.is_fresh((self.weight, self.lora_A, self.lora_B), dtype)
-        return choose_route(
+        cache, num_forms = self.active_cache, 1.0 + with_gradients
+        if cache is not None:
+            is_fresh = cache.get((self.weight, self.lora_A, self.lora_B), dtype) is not None
+            num_forms = 1.0 - is_fresh
+        # Dynamo warns of lru_cache, and traces what it wraps.
+        choose = layer_route if torch.compiler.is_compiling() else _cached_route
+        return choose(
             num_tokens,
             self.in_features,
             self.out_features,
             self.r,
-            forward=self.how,
-            can_merge=problem is None,
-            num_forms=num_forms * form_cost(self.weight.device.type, dtype),
+            forward=self.forward_choice,
+            weight_format=self.weight_format.name,
+            weight_dtype=self.weight.dtype,
+            dropout=self.active_dropout,
+            device_type=self.weight.device.type,
+            dtype=dtype,
+            num_forms=num_forms,
             with_gradients=with_gradients,
         )
 
     @property
-    def keeps_merged(self) -> bool:
-        """Whether W + delta of the merged route is kept: it is asked for, and possible here (`can_keep`)."""
-        return self.kept is not None and can_cache(self.lora_A, self.lora_B)
+    def active_dropout(self) -> float:
+        """The probability of dropout in this mode; 0 in eval mode."""
+        return self.dropout.p if self.training and isinstance(self.dropout, nn.Dropout) else 0.0
 
     @property
-    def active_dropout(self) -> float:
-        return self.dropout.p if self.training and isinstance(self.dropout, nn.Dropout) else 0.0
+    def active_cache(self) -> "MergedWeightCache | None":
+        """The cache of W + delta, where it may be used; a compiled graph cannot hold one."""
+        return self.cache if self.can_cache and not torch.compiler.is_compiling() else None
 
     def delta(self) -> Tensor:
         """scale * B @ A in the layout of `weight`, formed in fp32 (float64 around a float64 weight)."""
@@ -252,24 +266,23 @@ class LoRALinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, scale={self.scale:g}"
 
 
-def _on_host(values: Tensor) -> Tensor:
-    return values if values.is_meta else values.cpu()
+_cached_route = lru_cache(maxsize=1024)(layer_route)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D (GPT-2), whose weight is (d_in, d_out). Told by name: no import."""
+    """Whether this is transformers' Conv1D (GPT-2), whose weight is (d_in, d_out); by name, without an import."""
     return _is_class(module, "transformers.pytorch_utils", "Conv1D")
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether this computes x W^T + bias and nothing else, so that LoRALinear can stand in its place.
 
-    A subclass with a forward of its own (a router, a quantised layer) and a layer whose weight is computed
-    anew at each access (a parametrization) are not: wrapped, they would compute something else.
+    Not so for a subclass with a forward of its own (a router, a quantized layer), nor for a layer whose weight is
+    computed at each access (a parametrization): wrapped, they would compute something else.
     """
     if not isinstance(module.__dict__.get("_parameters", {}).get("weight"), nn.Parameter):
         return False
-    # Falcon's own linear only spells the same product another way.
+    # Falcon's own class computes the same product.
     same = is_conv1d(module) or _is_class(module, "transformers.models.falcon.modeling_falcon", "FalconLinear")
     return same or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
 

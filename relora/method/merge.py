@@ -92,8 +92,8 @@ def merge_layer(
     Raises:
         RuntimeError: what is read back is further from what was written than the rounding of W's dtype.
     """
-    if layer.kept is not None:
-        layer.kept.drop()
+    if layer.cache is not None:
+        layer.cache.drop()
     A, B = store.read(layer.lora_A), store.read(layer.lora_B)  # (r, d_in), (d_out, r)
     rank = effective_rank(factor_singular_values(A, B, layer.scale))
     exact = store.master(layer.weight)

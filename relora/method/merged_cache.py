@@ -1,76 +1,88 @@
-"""W + delta of a layer, kept from one call to the next for as long as nothing in it is written."""
+"""Per-layer cache of W + delta, invalidated when W, A or B changes."""
 
 import weakref
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from relora.method.kernels import Projection, no_autocast
+from relora.method.kernels import no_autocast
 
-_MARK = "written_in_place"
+if TYPE_CHECKING:
+    from relora.method.lora import LoRALinear
 
 
-class MergedWeightCache:
-    """One W + delta at most, dropped when an optimizer has made a step, and formed again when W, A or B was written.
+class CacheGroup:
+    """The caches of one model, emptied together after every optimizer step by one hook.
 
-    Steps are looked at beside version counters: torch's fused optimizers write without counting. A write through
-    `.data` outside of a step is not seen. Where neither tells (`can_keep`), nothing may be kept.
+    The caches own the group, not the reverse: once the last of them is gone, so is the hook. A copy of a model has a
+    group, and a hook, of its own.
     """
 
     def __init__(self) -> None:
-        self._state: tuple[object, ...] | None = None
-        self._merged: Tensor | None = None
-        weak = weakref.ref(self)
-        hook = register_optimizer_step_post_hook(lambda *_: _drop(weak))
-        weakref.finalize(self, hook.remove)
+        self.caches: weakref.WeakSet[MergedWeightCache] = weakref.WeakSet()
+        caches = self.caches
+
+        def drop_all(*_: object) -> None:  # refers to the set, not to the group, which would then live forever
+            for cache in caches:
+                cache.drop()
+
+        weakref.finalize(self, register_optimizer_step_post_hook(drop_all).remove)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        return MergedWeightCache, ()  # a copy of a layer keeps nothing yet
+        return CacheGroup, ()
 
-    def is_fresh(self, parameters: tuple[Tensor, ...], dtype: torch.dtype) -> bool:
-        return self._state == _state(parameters, dtype)
 
-    def of(self, projection: Projection, dtype: torch.dtype) -> Tensor:
-        parameters = (projection.weight, projection.A, projection.B)
-        if self._merged is None or not self.is_fresh(parameters, dtype):
-            self.drop()
-            with torch.no_grad(), no_autocast(projection.weight.device.type):
-                self._merged = projection.form(dtype)
-            self._state = _state(parameters, dtype)
+class MergedWeightCache:
+    """Holds at most one W + delta of one layer.
+
+    It is stale once an optimizer has made a step, or W, A or B was written or replaced. Steps are watched besides
+    torch's version counters because fused optimizers write without counting. A write through `.data` outside of a step
+    is not noticed: where parameters are written like that, set `LoRALinear.can_cache` to False.
+    """
+
+    def __init__(self, group: CacheGroup) -> None:
+        self._group = group
+        self._key: tuple[object, ...] | None = None
+        self._merged: Tensor | None = None
+        group.caches.add(self)
+
+    def __reduce__(self) -> tuple[type, tuple[CacheGroup]]:
+        return MergedWeightCache, (self._group,)  # a copy begins empty
+
+    def get(
+        self,
+        parameters: Iterable[Tensor],
+        dtype: torch.dtype,
+        form: Callable[[torch.dtype], Tensor] | None = None,
+    ) -> Tensor | None:
+        """Return the cached W + delta if it is fresh, else cache and return `form(dtype)`, or None without `form`.
+
+        Args:
+            parameters: W as it is stored, A and B.
+            dtype: of the W + delta that is wanted.
+        """
+        # A weak reference to a storage never equals that of a later one; its address might.
+        storages = [(StorageWeakRef(p.untyped_storage()), p) for p in parameters]  # type: ignore[no-untyped-call]
+        key = (dtype, *((storage, p.storage_offset(), p._version) for storage, p in storages))
+        if self._key != key:
+            if form is None:
+                return None
+            self._key = self._merged = None  # before forming, so that only one is in memory
+            with torch.no_grad(), no_autocast(storages[0][1].device.type):
+                self._merged = form(dtype)
+            self._key = key
         return self._merged
 
     def drop(self) -> None:
-        self._state = self._merged = None
+        self._key = self._merged = None
 
 
-def mark_written_in_place(*parameters: nn.Parameter) -> None:
-    """Say of new parameters that whoever trains them writes into them, so that their version counters tell."""
-    for parameter in parameters:
-        setattr(parameter, _MARK, True)
-
-
-def can_cache(*parameters: nn.Parameter) -> bool:
-    """Whether version counters tell of every write to these factors, and there is a place for W + delta.
-
-    Not so for the parameters that FSDP2 puts in their place (without the mark: what is written is the shard), nor
-    under DeepSpeed, which writes into a flat buffer. A compiled graph has no place for it.
-    """
-    marked = all(hasattr(p, _MARK) and not hasattr(p, "ds_id") and not hasattr(p, "_hp_mapping") for p in parameters)
-    return marked and not torch.compiler.is_compiling()
-
-
-def _drop(weak: "weakref.ref[MergedWeightCache]") -> None:
-    kept = weak()
-    if kept is not None:
-        kept.drop()
-
-
-def _state(parameters: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[object, ...]:
-    return (dtype, *((_storage(p), p.storage_offset(), p._version) for p in parameters))
-
-
-def _storage(tensor: Tensor) -> StorageWeakRef:
-    """Told from every other one for as long as this is kept: the address alone would be used again."""
-    return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+def attach_caches(layers: Iterable["LoRALinear"]) -> None:
+    """Give each layer of a model a cache; all share one optimizer hook, removed when no layer holds its cache."""
+    group = CacheGroup()
+    for layer in layers:
+        layer.cache = MergedWeightCache(group)

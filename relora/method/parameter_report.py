@@ -107,7 +107,7 @@ def describe_routes(model: nn.Module, num_tokens: int, dtype: torch.dtype) -> st
     layers = lora_layers(model).values()
     chosen = Counter(layer.route(num_tokens, dtype) for layer in layers)
     words = [f"{route} in {count} layers" for route, count in chosen.most_common()]
-    if any(layer.kept is not None for layer in layers):
-        is_cached = all(layer.keeps_merged for layer in layers)
+    if any(layer.cache is not None for layer in layers):
+        is_cached = all(layer.active_cache is not None for layer in layers)
         words.append(f"W + delta is {'cached' if is_cached else 'not cached: the engine shards W or A and B'}")
     return f"  forward: {', '.join(words)}"

@@ -1,17 +1,18 @@
-"""Which way a wrapped layer computes, by its cost in FLOPs: a multiplication and an addition count as two.
+"""The cheaper way for a wrapped layer to compute, in FLOPs: a multiplication and an addition count as two.
 
 T tokens, W (d_out, d_in), rank r. Two routes give the same y and the same gradients:
 - factored: y = x W^T + scale * (x A^T) B^T; x alone is saved, and x A^T computed again in the backward pass.
 - merged: W + scale * B A is formed in fp32 and rounded once; one product for y, one for dx.
-The factors' gradients take the low-rank way in both: dA = scale * (dy B)^T x and dB = scale * dy^T (x A^T).
+Both compute the factors' gradients through the low rank: dA = scale * (dy B)^T x and dB = scale * dy^T (x A^T).
+All functions are pure: a layer caches the answer for its shape.
 """
 
 import torch
 
 from relora.method.choices import Forward, Route
 
-# What a FLOP in fp32 costs beside one in bf16 or fp16, where W + delta is formed. CPU: measured with AVX512-BF16,
-# form and cast at d = 1024 and 2048, r = 128 took 1.8 and 2.5. CUDA: about 16 on the data sheets of A100 and
+# Cost of a FLOP in fp32, relative to one in bf16 or fp16, where W + delta is formed. CPU: measured with AVX512-BF16,
+# to form and cast at d = 1024 and 2048, r = 128 took 1.8 and 2.5. CUDA: about 16 on the data sheets of A100 and
 # H100 (tensor cores against fp32 units); not measured.
 FORM_COST = {"cpu": 2.0, "cuda": 16.0}
 
@@ -34,8 +35,8 @@ def merged_flops(
     """The merged route, forward and backward, or the forward pass alone.
 
     Args:
-        num_forms: how often W + delta is formed: 2 if anew in the backward pass, 1 if kept for it, 1 / n if kept
-            for the n micro-batches of an update. A dearer FLOP counts as several.
+        num_forms: how often W + delta is formed: 2 if again in the backward pass, 1 if cached for it, 1 / n if cached
+            for the n micro-batches of an update. A FLOP that costs more counts as several.
     """
     formed = 2 * r * d_in * d_out * num_forms
     if not with_gradients:
@@ -44,8 +45,48 @@ def merged_flops(
 
 
 def form_cost(device_type: str, dtype: torch.dtype) -> float:
-    """What a FLOP of W + delta, always fp32 or wider, costs beside one of a product in `dtype`."""
+    """Cost of a FLOP of forming W + delta, in fp32 or wider, relative to one of a product in `dtype`."""
     return 1.0 if dtype.itemsize >= 4 else FORM_COST.get(device_type, FORM_COST["cuda"])
+
+
+def layer_route(
+    num_tokens: int,
+    d_in: int,
+    d_out: int,
+    r: int,
+    *,
+    forward: Forward,
+    weight_format: str | None,
+    weight_dtype: torch.dtype,
+    dropout: float,
+    device_type: str,
+    dtype: torch.dtype,
+    num_forms: float,
+    with_gradients: bool,
+) -> Route:
+    """The route of one call of a layer, from everything that it depends on.
+
+    Args:
+        weight_format, weight_dtype, dropout: as in `merge_problem`.
+        device_type, dtype: where, and in which dtype, the products are computed.
+        num_forms: as in `merged_flops`, every FLOP counted as one.
+
+    Raises:
+        ValueError: the merged route is asked for, and impossible.
+    """
+    problem = merge_problem(weight_format, weight_dtype, dropout)
+    if problem is not None and forward == "merged":
+        raise ValueError(f"forward = merged: {problem}")
+    return choose_route(
+        num_tokens,
+        d_in,
+        d_out,
+        r,
+        forward=forward,
+        can_merge=problem is None,
+        num_forms=num_forms * form_cost(device_type, dtype),
+        with_gradients=with_gradients,
+    )
 
 
 def choose_route(
@@ -59,7 +100,7 @@ def choose_route(
     num_forms: float = 2,
     with_gradients: bool = True,
 ) -> Route:
-    """What `forward` asks for, or the cheaper route.
+    """The route that `forward` asks for, or the cheaper one.
 
     Args:
         can_merge: W is stored exactly (`merge_problem`), and no dropout is active.
@@ -76,7 +117,7 @@ def merge_problem(weight_format: str | None, dtype: torch.dtype, dropout: float)
     """Why a layer cannot take the merged route, or None.
 
     Args:
-        grid: name of the storage of W, None as it came.
+        weight_format: name of the format of W, None for its original dtype.
         dtype: of the stored W.
         dropout: 0 where it is not active.
     """
@@ -86,9 +127,9 @@ def merge_problem(weight_format: str | None, dtype: torch.dtype, dropout: float)
 
 
 def flop_limit(num_tokens: int, d_in: int, d_out: int, r: int) -> float:
-    """The least share of full rank's FLOPs that a route can do with.
+    """The least FLOPs that either route can reach, as a fraction of full rank's.
 
-    Factored with x A^T kept for the backward pass; merged with W + delta kept. For a square layer the lesser of
+    Factored with x A^T saved for the backward pass; merged with W + delta cached. For a square layer the lesser of
     2/3 + 2 r / d and 2/3 + (4/3) r / d + r / (3 T).
     """
     factored = factored_flops(num_tokens, d_in, d_out, r) - 2 * num_tokens * r * d_in
@@ -97,7 +138,7 @@ def flop_limit(num_tokens: int, d_in: int, d_out: int, r: int) -> float:
 
 
 def break_even_rank(num_tokens: int, d_in: int, d_out: int) -> float:
-    """The rank from which on no route can be faster than full rank: where `flop_limit` is 1. About d / 4."""
-    spared = 2 * num_tokens * d_in * d_out
-    factored = spared / (6 * num_tokens * (d_in + d_out))
-    return max(factored, spared / (2 * d_in * d_out + 4 * num_tokens * (d_in + d_out)))
+    """The rank at which `flop_limit` is 1: from there on full rank is at least as fast as either route. About d / 4."""
+    saved = 2 * num_tokens * d_in * d_out
+    factored = saved / (6 * num_tokens * (d_in + d_out))
+    return max(factored, saved / (2 * d_in * d_out + 4 * num_tokens * (d_in + d_out)))

@@ -1,8 +1,6 @@
-"""Layers of one module that read the same x (q, k and v; gate and up): computed together while training.
+"""Layers of one module that read the same x (q, k and v; gate and up), computed together while training.
 
-The first of them that the model calls computes all, and the others take what is theirs when they are called with that
-very tensor. Nothing is ever used for another x: a model that gives its layers different ones (cross-attention)
-leaves its group behind.
+One call of the kernels for all of them saves x once and stacks their small products.
 """
 
 import re
@@ -31,101 +29,122 @@ SIBLINGS = (
     ("wi_0", "wi_1"),
     ("c_fc_0", "c_fc_1"),
 )
-# Attention to something else, where q reads another x than k and v. Told by name, so that none of it is computed in
-# vain even once; what no name tells is found out.
+# Cross-attention, where q reads another x than k and v. Such modules are skipped by their name, so that nothing is
+# computed in vain even once; where the name does not tell, the group finds out at its first pass.
 _CROSS = re.compile(r"cross|encoder_attn|encdec|encoder_decoder", re.IGNORECASE)
-
-
-class Group:
-    """The layers of one group, and what waits for them between two calls of one forward pass."""
-
-    def __init__(self, layers: Sequence[LoRALinear]) -> None:
-        self._layers = list(layers)
-        self._opener: LoRALinear | None = None  # the one that the model calls first
-        self._fits = True
-        self._waiting: _Waiting | None = None
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_waiting": None}
-
-    def take(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
-        """As `Siblings.take`."""
-        if torch.compiler.is_compiling() or not any(layer is own for own in self._layers):
-            return None  # a compiler shares what is equal by itself; nn.DataParallel's copies are not ours
-        waiting, self._waiting = self._waiting, None
-        if waiting is not None and waiting.is_for(layer, x):
-            y = waiting.outputs.pop(id(layer))
-            self._waiting = waiting if waiting.outputs else None
-            return y
-        # A recomputation may have ended before it came to the others.
-        self._fits = self._fits and (waiting is None or waiting.is_recomputed)
-        return self._computed(layer, x) if self._may_compute(layer, x) else None
-
-    def leave(self) -> None:
-        """Every layer computes alone from now on."""
-        self._waiting = None
-        for layer in self._layers:
-            layer.siblings = None
-
-    def _may_compute(self, layer: LoRALinear, x: Tensor) -> bool:
-        self._opener = self._opener or layer
-        if not torch.is_grad_enabled() or layer is not self._opener:
-            return False
-        # A recomputation must save what its forward pass saved: only a forward pass may end what does not fit.
-        if (self._fits or _in_backward()) and all(_is_whole(own, x) for own in self._layers):
-            return True
-        self.leave()
-        return False
-
-    def _computed(self, layer: LoRALinear, x: Tensor) -> Tensor:
-        outputs = project(x, [own.projection(x) for own in self._layers])
-        by_layer = {id(own): y for own, y in zip(self._layers, outputs, strict=True)}
-        y = by_layer.pop(id(layer))
-        self._waiting = _Waiting(x, x._version, by_layer, _in_backward())
-        return y
 
 
 @dataclass
 class _Waiting:
-    """What the layers that are still to be called make of x."""
+    """Outputs computed from x for siblings that the model has not called yet.
+
+    Attributes:
+        version: of x, which a write in place raises.
+        outputs: (..., d_out) by the id of the layer.
+        is_recomputed: computed while activation checkpointing repeats a forward pass.
+    """
 
     x: Tensor
     version: int
     outputs: dict[int, Tensor]
     is_recomputed: bool
 
-    def is_for(self, layer: LoRALinear, x: Tensor) -> bool:
-        return x is self.x and x._version == self.version and id(layer) in self.outputs
+
+class SiblingGroup:
+    """Lets the first sibling that the model calls compute for all; the others take their outputs.
+
+    Self-attention, which calls q(x), k(x), v(x):
+
+        q(x)  nothing waits, and q opens every pass: one call of the kernels for q, k and v. Returns q's output; those
+              of k and v wait.
+        k(x)  the same tensor, not written since: takes its output.
+        v(x)  likewise. Nothing waits any more, and the group holds no reference to x.
+
+    Cross-attention, which calls q(x), k(y), v(y):
+
+        q(x)  computes all three; k's and v's outputs wait.
+        k(y)  y is not x: both are dropped, never used for another tensor. k computes alone.
+        v(y)  nothing waits, and v is not the opener: computes alone.
+        q(x') the next pass. Outputs were dropped before, so the group does not fit this model, and dissolves: from
+              now on each layer computes alone.
+    """
+
+    def __init__(self, layers: Sequence[LoRALinear]) -> None:
+        self._layers = list(layers)
+        self._shapes = [p.shape for layer in layers for p in layer.parameters()]
+        self._opener: LoRALinear | None = None  # the sibling that the model calls first
+        self._fits = True  # no output has been dropped so far
+        self._waiting: _Waiting | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_waiting": None}
+
+    def take(self, layer: LoRALinear, x: Tensor) -> Tensor | None:
+        """The output of `layer` for x (..., d_in), computed together with its siblings; None: it must compute alone."""
+        # A compiler shares equal work by itself. Replicas of nn.DataParallel hold this group, but are not members.
+        if torch.compiler.is_compiling() or not any(layer is sibling for sibling in self._layers):
+            return None
+        in_backward = torch._C._current_graph_task_id() != -1  # activation checkpointing recomputes
+        # 1. A sibling has computed this output, from this very tensor.
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            if waiting.x is x and waiting.version == x._version and id(layer) in waiting.outputs:
+                y = waiting.outputs.pop(id(layer))
+                self._waiting = waiting if waiting.outputs else None
+                return y
+            # 2. Dropped: the siblings read different tensors. Not so in a recomputation, which may stop early.
+            self._fits = self._fits and waiting.is_recomputed
+        # 3. Only the opener computes for all; without gradients there is nothing to gain.
+        self._opener = self._opener or layer
+        if not torch.is_grad_enabled() or layer is not self._opener or not all(own.can_group for own in self._layers):
+            return None
+        # A recomputation must save the same tensors as its forward pass: only a forward pass ends a group that does
+        # not fit.
+        if not (self._fits or in_backward) or not self._is_whole(x):
+            self.dissolve()
+            return None
+        # 4. All outputs by one call.
+        outputs = project(x, [own.projection(x) for own in self._layers])
+        by_layer = {id(own): y for own, y in zip(self._layers, outputs, strict=True)}
+        y = by_layer.pop(id(layer))
+        self._waiting = _Waiting(x, x._version, by_layer, in_backward)
+        return y
+
+    def dissolve(self) -> None:
+        """Every layer computes alone from now on."""
+        self._waiting = None
+        for layer in self._layers:
+            layer.siblings = None
+
+    def _is_whole(self, x: Tensor) -> bool:
+        """Whether all parameters are here to compute with: of their full shapes, on x's device, and no DTensors.
+
+        So for a model that a user shards himself; an engine that shards says so by `can_group`.
+        """
+        parameters = [p for layer in self._layers for p in layer.parameters()]
+        types = (nn.Parameter, type(x))  # the latter for fake tensors
+        is_here = all(p.device == x.device and type(p) in types for p in parameters)
+        return is_here and [p.shape for p in parameters] == self._shapes
 
 
 def group_siblings(model: nn.Module) -> None:
     """Let the wrapped layers of `model` that read the same x compute together."""
     for name, parent in model.named_modules():
         if not _CROSS.search(name):
-            for layers in _groups_of(parent):
-                group = Group(layers)
+            for layers in _find_siblings(parent):
+                group = SiblingGroup(layers)
                 for layer in layers:
                     layer.siblings = group
 
 
-def _groups_of(parent: nn.Module) -> Iterator[list[LoRALinear]]:
+def _find_siblings(parent: nn.Module) -> Iterator[list[LoRALinear]]:
+    """Wrapped children of `parent` that are named like siblings, and can be computed by one call of the kernels."""
+
+    def kind(layer: LoRALinear) -> tuple[object, ...]:
+        return layer.in_features, layer.r, layer.scale, layer.weight_format.name, layer.transposed
+
     for names in SIBLINGS:
         found = [child for name in names if isinstance(child := parent._modules.get(name), LoRALinear)]
-        alike = [layer for layer in found if _kind(layer) == _kind(found[0])]
+        alike = [layer for layer in found if kind(layer) == kind(found[0])]
         if len(alike) > 1 and isinstance(alike[0].dropout, nn.Identity):
             yield alike
-
-
-def _kind(layer: LoRALinear) -> tuple[object, ...]:
-    return layer.in_features, layer.r, layer.scale, layer.weight_format.name, layer.transposed
-
-
-def _is_whole(layer: LoRALinear, x: Tensor) -> bool:
-    """Whether the layer could compute now: ZeRO-3 gathers one module at a time, FSDP2 one unit."""
-    return all(
-        p.device == x.device and not hasattr(p, "ds_id") and not hasattr(p, "placements") for p in layer.parameters()
-    )
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1

@@ -437,7 +437,7 @@ def bf16(start: Tensors) -> dict[str, Any]:
     """Gradients of one update in bf16, out of the first moments; and in which dtype everything is held."""
     engine = join(mixed_precision="bf16", max_grad_norm=None)
     live = begin(engine, low_rank=True, values=start)
-    with patch.object(MergedWeightCache, "of", autospec=True, side_effect=MergedWeightCache.of) as kept:
+    with patch.object(MergedWeightCache, "get", autospec=True, side_effect=MergedWeightCache.get) as kept:
         updates(engine, live, (0,))
     together = any(layer.siblings is not None for layer in lora_layers(live.model).values())
     of_engine, held = {}, set()
@@ -462,7 +462,7 @@ def gradient_errors(start: Tensors, of_engine: Tensors, *, together: bool) -> di
     model = plain_model(low_rank=True)
     for layer in lora_layers(model).values():
         if layer.siblings is not None and not together:
-            layer.siblings.leave()
+            layer.siblings.dissolve()
     for name, p in named_parameters(model).items():
         p.data.copy_(start[name])
     by_rank = []

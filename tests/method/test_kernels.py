@@ -1,7 +1,9 @@
 """The kernels against autograd in float64: gradients, dtypes, what is saved, and how much of a small update is left."""
 
 import copy
+import gc
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,12 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from relora import LoRAConfig, inject_lora, restart
+from relora import LoRAConfig, inject_lora, merge_lora, restart
+from relora.method import kernels
 from relora.method.kernels import project
 from relora.method.lora import LoRALinear, lora_layers
+from relora.method.merged_cache import attach_caches
 from relora.method.routes import Route
 from tests.helpers.toy import CONFIG, factors, toy, trained, update
 
@@ -30,7 +36,10 @@ def layer_of(route: Any, kind: str = "linear", *, d_in: int = D_IN, d_out: int =
     torch.manual_seed(0)
     plain = Conv1D(d_out, d_in) if kind == "conv1d" else nn.Linear(d_in, d_out, bias=kind == "linear")
     nn.init.normal_(plain.weight)
-    layer = LoRALinear.from_linear(plain, LoRAConfig(**{"r": R, "lora_alpha": 3.7, "forward": route, **options}))
+    config = LoRAConfig(**{"r": R, "lora_alpha": 3.7, "forward": route, **options})
+    layer = LoRALinear.from_linear(plain, config)
+    if config.keep_merged:
+        attach_caches([layer])
     nn.init.normal_(layer.lora_B)
     return layer
 
@@ -268,7 +277,7 @@ def test_merged_into_a_bfloat16_weight_they_are_lost() -> None:
     layer = wide_layer("factored")
     with torch.no_grad():
         layer.weight.copy_(layer.weight.bfloat16())  # on the grid that W + delta is rounded to
-    layer.how = "merged"
+    layer.forward_choice = "merged"
     assert gain(layer, GAINS[0], autocast=True) < 0.5
 
 
@@ -332,16 +341,16 @@ def test_dropout_saves_no_decoded_weight() -> None:
     assert saved_bytes(layer, autocast=True) < 64 * 96 * 2 + 2 * 128 * 64 * 4
 
 
-# --- W + delta, kept ----------------------------------------------------------------------------------------
+# --- the cache of W + delta ----------------------------------------------------------------------------------------
 
 
-def kept_bytes(layer: LoRALinear) -> int:
-    assert layer.kept is not None
-    return sum(t.nbytes for t in vars(layer.kept).values() if isinstance(t, Tensor))
+def cached_bytes(layer: LoRALinear) -> int:
+    assert layer.cache is not None
+    return sum(t.nbytes for t in vars(layer.cache).values() if isinstance(t, Tensor))
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"foreach": False}])
-def test_a_kept_weight_follows_the_optimizer(options: dict[str, bool]) -> None:
+def test_a_cached_weight_follows_the_optimizer(options: dict[str, bool]) -> None:
     results = []
     for keep in (True, False):
         config = LoRAConfig(**{**vars(CONFIG), "forward": "merged", "keep_merged": keep})
@@ -353,7 +362,7 @@ def test_a_kept_weight_follows_the_optimizer(options: dict[str, bool]) -> None:
         torch.testing.assert_close(factor, results[1][name], atol=0, rtol=0)
 
 
-def test_a_kept_weight_follows_its_dtype_and_every_parameter() -> None:
+def test_a_cached_weight_follows_its_dtype_and_every_parameter() -> None:
     layer, x = layer_of("merged", keep_merged=True), torch.randn(4, D_IN)
     for write in (None, layer.weight, layer.lora_A, layer.lora_B):
         if write is not None:
@@ -365,7 +374,7 @@ def test_a_kept_weight_follows_its_dtype_and_every_parameter() -> None:
         torch.testing.assert_close(layer(x), reference(layer, x))
 
 
-def test_a_kept_weight_follows_parameters_that_are_replaced() -> None:
+def test_a_cached_weight_follows_parameters_that_are_replaced() -> None:
     layer, x = layer_of("merged", keep_merged=True), torch.randn(3, D_IN)
     for _ in range(4):
         layer(x)
@@ -374,34 +383,104 @@ def test_a_kept_weight_follows_parameters_that_are_replaced() -> None:
         torch.testing.assert_close(layer(x), reference(layer, x))
 
 
-def test_what_is_kept_is_no_part_of_the_model_and_goes_at_updates_and_restarts() -> None:
+def test_the_cache_is_no_part_of_the_model_and_is_dropped_at_updates_and_restarts() -> None:
     model = toy()
     inject_lora(model, LoRAConfig(**{**vars(CONFIG), "forward": "merged", "keep_merged": True}))
     layers = list(lora_layers(model).values())
     before = set(model.state_dict())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     update(model, optimizer)
-    assert [kept_bytes(layer) for layer in layers] == [0] * 3
+    assert [cached_bytes(layer) for layer in layers] == [0] * 3
     model(torch.randn(4, 12))
-    assert all(kept_bytes(layer) == layer.weight.nbytes for layer in layers)
+    assert all(cached_bytes(layer) == layer.weight.nbytes for layer in layers)
     assert set(model.state_dict()) == before and not list(model.buffers())
     twins = copy.deepcopy(layers[0]), pickle.loads(pickle.dumps(layers[0]))
     restart(model, optimizer, seed=0, index=1)
-    assert [kept_bytes(layer) for layer in (*layers, *twins)] == [0] * 5
+    assert [cached_bytes(layer) for layer in (*layers, *twins)] == [0] * 5
 
 
-@pytest.mark.parametrize("mark", ["ds_id", "_hp_mapping"])
-def test_nothing_is_kept_of_parameters_that_are_written_elsewhere(mark: str) -> None:
+def test_an_engine_can_switch_the_cache_off() -> None:
     layer, x = layer_of("merged", keep_merged=True), torch.randn(4, D_IN)
-    assert layer.keeps_merged
-    setattr(layer.lora_B, mark, 7)
-    assert not layer.keeps_merged
     layer(x)
-    assert kept_bytes(layer) == 0
-    other = layer_of("merged", keep_merged=True)
-    other.lora_B = nn.Parameter(other.lora_B.detach())  # as fully_shard does when it gathers
-    assert not other.keeps_merged
-    assert not layer_of("merged").keeps_merged
+    assert layer.active_cache is not None and cached_bytes(layer) > 0
+    layer.can_cache = False
+    assert layer.active_cache is None
+    layer.lora_B.data.mul_(2)  # no version counter sees it
+    torch.testing.assert_close(layer(x), reference(layer, x))
+    assert layer_of("merged").active_cache is None
+
+
+def num_step_hooks() -> int:
+    gc.collect()  # sibling layers and their group refer to one another
+    return len(_global_optimizer_post_hooks)
+
+
+def test_a_model_has_one_optimizer_hook_which_goes_with_it() -> None:
+    before = num_step_hooks()
+    model, config = toy(), LoRAConfig(**{**vars(CONFIG), "forward": "merged", "keep_merged": True})
+    inject_lora(model, config)
+    assert num_step_hooks() == before + 1
+    twin = copy.deepcopy(model)
+    assert num_step_hooks() == before + 2
+    del twin
+    assert num_step_hooks() == before + 1
+    layers = list(lora_layers(model).values())
+    merge_lora(model)
+    assert num_step_hooks() == before and layers[0].cache is None
+    inject_lora(model, config)
+    assert num_step_hooks() == before + 1
+    del model
+    assert num_step_hooks() == before
+    inject_lora(other := toy(), CONFIG)
+    assert num_step_hooks() == before, other
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_follows_its_own_optimizer(duplicate: Any) -> None:
+    model = toy()
+    inject_lora(model, LoRAConfig(**{**vars(CONFIG), "forward": "merged", "keep_merged": True}))
+    twin, x = duplicate(model), torch.randn(4, 12)
+    del model
+    gc.collect()
+    optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=0.1, fused=True)
+    update(twin, optimizer)
+    ours = twin(x)
+    for layer in lora_layers(twin).values():
+        assert cached_bytes(layer) > 0
+        layer.cache = None
+    torch.testing.assert_close(twin(x), ours, atol=0, rtol=0)
+
+
+@contextmanager
+def counted_operations() -> Iterator[Counter[str]]:
+    """How often each operation of torch runs within."""
+    calls: Counter[str] = Counter()
+
+    class Counting(TorchDispatchMode):  # type: ignore[misc]
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+            calls[function.name()] += 1
+            return function(*args, **(kwargs or {}))
+
+    with Counting():
+        yield calls
+
+
+# --- the layout of results -----------------------------------------------------------------------------------
+
+
+def test_a_layout_can_be_set_for_the_cpu() -> None:
+    layer, x = layer_of("merged", d_in=20, d_out=300), torch.randn(2, 20)
+    with torch.autocast("cpu", torch.bfloat16):
+        formed_in_blocks = layer(x)
+    with kernels.layout(kernels.GPU_LAYOUT):
+        assert layer_of("merged", d_in=20, d_out=37)(x).is_contiguous()
+        with torch.autocast("cpu", torch.bfloat16), counted_operations() as calls:
+            torch.testing.assert_close(layer(x), formed_in_blocks)
+    with torch.autocast("cpu", torch.bfloat16), counted_operations() as calls_in_blocks:
+        layer(x)
+    assert calls_in_blocks["aten::addmm.out"] + calls_in_blocks["aten::addmm"] == 1 + 2  # 300 rows: two blocks
+    assert calls["aten::addmm.out"] + calls["aten::addmm"] == 1 + 1
+    assert not layer_of("merged", d_in=20, d_out=37)(x).is_contiguous()
 
 
 # --- torch.compile ------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from relora import LoRAConfig, inject_lora
 from relora.method.lora import LoRALinear
+from relora.method.merged_cache import attach_caches
 from relora.method.routes import (
     FORM_COST,
     break_even_rank,
@@ -38,7 +39,11 @@ def counted(layer: nn.Module, *, with_gradients: bool = True) -> int:
 
 
 def wrapped(**options: Any) -> LoRALinear:
-    return LoRALinear.from_linear(nn.Linear(D_IN, D_OUT, bias=False), LoRAConfig(r=R, **options))
+    config = LoRAConfig(r=R, **options)
+    layer = LoRALinear.from_linear(nn.Linear(D_IN, D_OUT, bias=False), config)
+    if config.keep_merged:
+        attach_caches([layer])
+    return layer
 
 
 def test_full_rank_is_counted() -> None:
@@ -54,7 +59,7 @@ def test_the_routes_do_what_their_formulas_say(with_gradients: bool) -> None:
     assert merged == merged_flops(*SHAPE, num_forms=num_forms, with_gradients=with_gradients)
 
 
-def test_what_is_kept_is_formed_once_for_all_micro_batches() -> None:
+def test_what_is_cached_is_formed_once_for_all_micro_batches() -> None:
     layer = wrapped(forward="merged", keep_merged=True)
     assert counted(layer) == merged_flops(*SHAPE, num_forms=1)
     assert counted(layer) == counted(layer) == merged_flops(*SHAPE, num_forms=0)
