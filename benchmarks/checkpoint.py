@@ -1,6 +1,6 @@
 """Saving and resuming a run, by the functions that a run goes through, against the disk and the hash themselves.
 
-    python benchmarks/checkpoint.py        # 4 layers of width 2048, r = 128: 1.6 GB a checkpoint, 6 GB of disk
+    python -m benchmarks.checkpoint        # 4 layers of width 2048, r = 128: 1.6 GB a checkpoint, 6 GB of disk
 
 Base weights change at restarts only, so the second checkpoint of a cycle shares their files with the first. A save
 writes, hashes and forces to the disk; its floor is a plain file of as many bytes, written and forced to the disk,
@@ -22,11 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import llama
 import torch
-from peaks import MIB, in_fresh_process, phase
-from tables import Limit, options_of, publish
 
+from benchmarks import llama
+from benchmarks.peaks import MIB, in_fresh_process, phase
+from benchmarks.tables import Limit, options_of, publish
 from relora.checkpoint.load import checkpoint_problems, complete_checkpoints, open_checkpoint
 from relora.checkpoint.save import Checkpoints
 from relora.checkpoint.state import State
@@ -39,7 +39,7 @@ OVER_FLOOR = 1.25
 # A tensor that is read stands there twice: the mapped pages of the file, and what they are copied to.
 COPIES_SAVING, COPIES_READING, NOISE_MIB = 1, 2, 4
 CHUNK = 64 * MIB
-STAGE = Stage("relora", 1000)
+STAGE = Stage("low_rank", 1000)
 FIRST, LATER, VERIFY, BUILD = "save, first of a cycle", "save, later in it", "resume: hashes", "resume: model"
 WRITE, HASH, READ = "plain file, written and forced", "sha256 in memory", "plain file, read"
 
@@ -74,7 +74,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             print(json.dumps(measure(Path(folder), options)))
         return
-    found = in_fresh_process([*sys.argv, "--measure"])
+    found = in_fresh_process("benchmarks.checkpoint", [*sys.argv[1:], "--measure"])
     publish({"Checkpoints": found["rows"]}, limits_of(found), json_path=options.json)
 
 

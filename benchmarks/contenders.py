@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import llama
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from benchmarks import llama
 from relora import inject_lora
 from relora.method.inject import find_targets
 from relora.method.lora import LoRAConfig, lora_layers

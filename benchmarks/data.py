@@ -1,4 +1,4 @@
-"""How fast data are prepared and read: `python benchmarks/data.py [--megabytes 40] [--num-proc N] [--json FILE]`.
+"""How fast data are prepared and read: `python -m benchmarks.data [--megabytes 40] [--num-proc N] [--json FILE]`.
 
 Rows: tokenization (both sides of the split, all of prepare but the training of the tokenizer), finding a sample far
 away, and reading one batch of 16 x 512 in the training process, also as a share of a step of the 9m model on it.
@@ -14,8 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tables import Limit, options_of, publish
-
+from benchmarks.tables import Limit, options_of, publish
 from relora import LoRAConfig, build_optimizer, inject_lora
 from relora.config.schema import DataSection, ModelSection
 from relora.data import PreparedData, prepare

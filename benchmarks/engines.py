@@ -1,6 +1,6 @@
 """Does a run go on under every engine from what every other has saved? What does each send?
 
-    python benchmarks/engines.py        # 5 x 5, 2 -> 1 and 1 -> 2 processes, fp32 and bf16
+    python -m benchmarks.engines        # 5 x 5, 2 -> 1 and 1 -> 2 processes, fp32 and bf16
 
 A tiny run of 24 updates (warm start, restarts at 14 and 22, masked documents, two micro-batches a rank) is trained
 under each engine on two processes, and by one process. Every target then goes on from the checkpoint of update 20 of
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tables import head, line
+
+from benchmarks.tables import head, line
 
 ROOT = Path(__file__).parents[1]
 ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
@@ -56,7 +57,7 @@ def resumed(target: str, folder: Path, corpus: Path, precision: str) -> dict[str
     """For each source how far off the target ends."""
     copies = {source: stopped(folder / source, folder / f"{source} to {target}") for source in (*ENGINES, ALONE)}
     configs = [str(written(settings(corpus, copy, precision))) for copy in copies.values()]
-    launch(target, [str(Path(__file__)), "--go-on", *configs])
+    launch(target, ["-m", "benchmarks.engines", "--go-on", *configs])
     return {source: difference(copy, folder / source) for source, copy in copies.items()}
 
 
@@ -97,8 +98,9 @@ def print_traffic(folder: Path) -> None:
 
 
 def launch(engine: str, program: list[str]) -> None:
-    kind = ["--config_file", "launch/cpu.yaml" if engine == ALONE else f"launch/{engine}_cpu.yaml"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *kind, *program]
+    kind = ["one_gpu", "1"] if engine == ALONE else [engine, "2"]
+    options = ["--config_file", f"launch/{kind[0]}.yaml", "--num_processes", kind[1]]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *options, *program]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     if result.returncode:
         raise RuntimeError(f"{engine}: {result.stderr[-3000:]}")

@@ -1,7 +1,7 @@
 """How fast is one wrapped layer, and what does it keep for its backward pass?
 
-    python benchmarks/layer.py                                    # minutes; an idle machine, all cores
-    python benchmarks/layer.py --shapes 256x256 --tokens 512 --r 16 --repeats 3    # a smoke run
+    python -m benchmarks.layer                                    # minutes; an idle machine, all cores
+    python -m benchmarks.layer --shapes 256x256 --tokens 512 --r 16 --repeats 3    # a smoke run
 
 Forward and backward of a layer with d_in x d_out weights: trained in full (nn.Linear), PEFT's LoRA layer, and ours by
 each route; then q, k and v on one x, together and one by one. All take turns in one process; medians. Held against the

@@ -1,7 +1,7 @@
 """Peak memory of each rank while a sharded run is built, saved, switched, restarted and resumed.
 
-    python benchmarks/memory.py            # two processes each under FSDP2 and ZeRO-3; about three minutes
-    python benchmarks/memory.py --engines fsdp2 --hidden-size 1024
+    python -m benchmarks.memory            # two processes each under FSDP2 and ZeRO-3; about three minutes
+    python -m benchmarks.memory --engines fsdp2 --hidden-size 1024
 
 What a phase takes is its peak over the larger of the levels before and after it: memory that is needed only for
 a while. It is held against one block of the model. Resident memory of the process, with an allocator that gives
@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import peaks
-from peaks import ALLOCATOR, MIB, Phase
-from tables import head, line
+from benchmarks import peaks
+from benchmarks.peaks import ALLOCATOR, MIB, Phase
+from benchmarks.tables import head, line
 
 LAUNCHES = {
     "fsdp2": {
@@ -50,11 +50,11 @@ def main() -> None:
 
 def launched(engine: str, options: argparse.Namespace) -> list[str]:
     """The rows that two ranks print, in the order of the ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     size = ["--hidden-size", str(options.hidden_size), "--layers", str(options.layers)]
     environment = os.environ | ALLOCATOR | LAUNCHES[engine] | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, "--rank-program", "--engines", engine, *size],
+        [*command, "-m", "benchmarks.memory", "--rank-program", "--engines", engine, *size],
         env=environment,
         stdout=subprocess.PIPE,
         text=True,
@@ -78,7 +78,7 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
 
     config = check(settings(hidden_size, num_layers))
     hf_config, engine, table = load_hf_config(config.model), connect(config), dict[str, Phase]()
-    full, low = Stage("warm_start", 2), Stage("relora", 10)
+    full, low = Stage("full_rank", 2), Stage("low_rank", 10)
     how: dict[str, Any] = {"config": config, "hf_config": hf_config, "engine": engine}
     ids = torch.randint(1000, (1, 64), generator=torch.Generator().manual_seed(engine.world.process_index))
     batch = {"input_ids": ids, "labels": ids}

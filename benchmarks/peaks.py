@@ -53,13 +53,13 @@ def level(*, on_gpu: bool = False) -> int:
     return torch.cuda.memory_allocated()
 
 
-def in_fresh_process(arguments: Sequence[str]) -> Any:
-    """Run a script with `arguments` in a process whose allocator gives back what is freed.
+def in_fresh_process(module: str, arguments: Sequence[str]) -> Any:
+    """Run `python -m module` with `arguments` in a process whose allocator returns freed memory to the system.
 
     Returns:
         The JSON value in the last line that it prints.
     """
-    command, environment = [sys.executable, *arguments], os.environ | ALLOCATOR
+    command, environment = [sys.executable, "-m", module, *arguments], os.environ | ALLOCATOR
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=3600)
     return json.loads(result.stdout.splitlines()[-1])
 

@@ -1,7 +1,7 @@
 """Does a run need the memory that `relora plan` says?
 
-    python benchmarks/plan.py                      # both stages of four sizes, fp32 and bf16; about ten minutes
-    python benchmarks/plan.py --models quickstart --precisions no --repeats 1
+    python -m benchmarks.plan                      # both stages of four sizes, fp32 and bf16; about ten minutes
+    python -m benchmarks.plan --models quickstart --precisions no --repeats 1
 
 Each measurement is a process of its own that trains three updates, on random tokens, through the engine of a run. What
 is measured is its largest resident size over the level after imports; a tiny model has made an update by then, so that
@@ -20,11 +20,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from peaks import ALLOCATOR, MIB
+from benchmarks.peaks import ALLOCATOR, MIB
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
-STAGES = ("warm_start", "relora")
+STAGES = ("full_rank", "low_rank")
 TARGET = 0.10
 
 
@@ -102,14 +102,14 @@ def predicted(stage: str, overrides: Sequence[str]) -> int:
 
     config = load_config(QUICKSTART, overrides)
     hf_config, launch = load_hf_config(config.model), Launch("one", 1, on_gpu=False)
-    what = Stage("relora" if stage == "relora" else "warm_start", config.training.max_steps)
+    what = Stage(stage, config.training.max_steps)
     rehearsed = rehearse(what, config, hf_config, batch_size=config.training.per_device_batch_size)
     return assemble(what, config, launch, stage_model(what, config, hf_config), rehearsed).peak
 
 
 def run(stage: str, overrides: Sequence[str], environment: dict[str, str]) -> int:
     """What a fresh process measures, in bytes."""
-    command = [sys.executable, __file__, "--measure", stage, *overrides]
+    command = [sys.executable, "-m", "benchmarks.plan", "--measure", stage, *overrides]
     result = subprocess.run(
         command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True, timeout=900
     )
@@ -140,7 +140,7 @@ def train(stage: str, overrides: Sequence[str]) -> None:
 
     config = load_config(QUICKSTART, overrides)
     hf_config, engine = load_hf_config(config.model), connect(config)
-    what = Stage("relora" if stage == "relora" else "warm_start", config.training.max_steps)
+    what = Stage(stage, config.training.max_steps)
     live = build(what, State(), config=config, hf_config=hf_config, engine=engine)
     shape = (config.training.per_device_batch_size, config.data.sequence_length)
     ids = torch.randint(hf_config.vocab_size, shape, generator=torch.Generator().manual_seed(0))

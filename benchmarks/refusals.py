@@ -1,6 +1,6 @@
 """Why launches are refused, in a few lines each.
 
-python benchmarks/refusals.py fsdp1 | zero_bf16 | zero_0 | adamw_8bit
+python -m benchmarks.refusals fsdp1 | zero_bf16 | zero_0 | adamw_8bit
 """
 
 import os

@@ -1,7 +1,7 @@
 """What a restart costs: seconds against a cycle of updates, memory against an update's.
 
-    python benchmarks/restart.py                          # 4 layers of width 2048, r = 128; 3 GB, 6 minutes
-    python benchmarks/restart.py --base-dtype nf4         # a coarser base beside its exact master
+    python -m benchmarks.restart                          # 4 layers of width 2048, r = 128; 3 GB, 6 minutes
+    python -m benchmarks.restart --base-dtype nf4         # a coarser base beside its exact master
 
 Time: an update before each restart, so that there is something to merge; medians. The parts are those functions of
 relora that took over 5 % of one further restart, what they call included. Memory: a fresh process whose
@@ -16,13 +16,13 @@ import statistics
 import sys
 from pathlib import Path
 
-import llama
-from peaks import MIB, in_fresh_process, level, phase
-from tables import Limit, Row, options_of, publish
 from torch import nn
 from torch.optim import Optimizer
 
 import relora
+from benchmarks import llama
+from benchmarks.peaks import MIB, in_fresh_process, level, phase
+from benchmarks.tables import Limit, Row, options_of, publish
 from relora import inject_lora, restart
 from relora.method.lora import lora_layers
 
@@ -43,7 +43,7 @@ def main() -> None:
         print(json.dumps(memory(options)))
         return
     times, parts, share = timed(options)
-    found = in_fresh_process([*sys.argv, "--measure-memory"])
+    found = in_fresh_process("benchmarks.restart", [*sys.argv[1:], "--measure-memory"])
     limits = [
         Limit(f"restart, % of a cycle of {CYCLE} updates", share, at_most=SHARE_PERCENT),
         Limit("peak of a restart over an update's, MiB", found["over"] / MIB, at_most=found["layer"] / MIB),

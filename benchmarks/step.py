@@ -1,10 +1,10 @@
 """A whole model's update, ours against full rank, PEFT, GaLore and APOLLO, in turn in one process.
 
-    python benchmarks/step.py                 # 4 layers of width 2048, 4096 tokens, r = 128; 13 GB, 10 minutes, half
+    python -m benchmarks.step                 # 4 layers of width 2048, 4096 tokens, r = 128; 13 GB, 10 minutes, half
                                               # of them for the first subspace of galore
-    python benchmarks/step.py --bf16          # bf16 autocast
-    python benchmarks/step.py --memory        # peak memory instead, each method in a fresh process
-    python benchmarks/step.py --compile --methods ours        # compiled beside eager, recompiles counted
+    python -m benchmarks.step --bf16          # bf16 autocast
+    python -m benchmarks.step --memory        # peak memory instead, each method in a fresh process
+    python -m benchmarks.step --compile --methods ours        # compiled beside eager, recompiles counted
 
 Every model is built from the same seed and stays in memory for the whole run, its gradients only for its own update.
 A round is one update of each, begun by another one every time; times are medians over rounds, ratios medians of the
@@ -20,14 +20,21 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
-import llama
 import torch
-from contenders import CONTENDERS, PROJECTION_GAP, Contender, gradient_bytes, optimizer_bytes, require_gradients
-from llama import Batch, Seconds
-from peaks import MIB, in_fresh_process, level, phase
-from tables import Limit, Row, options_of, publish
 from torch import nn
 
+from benchmarks import llama
+from benchmarks.contenders import (
+    CONTENDERS,
+    PROJECTION_GAP,
+    Contender,
+    gradient_bytes,
+    optimizer_bytes,
+    require_gradients,
+)
+from benchmarks.llama import Batch, Seconds
+from benchmarks.peaks import MIB, in_fresh_process, level, phase
+from benchmarks.tables import Limit, Row, options_of, publish
 from relora.model.model import COMPILE_OPTIONS
 
 OF_FULL, OF_PEFT = 0.85, 0.90
@@ -191,7 +198,7 @@ def compiled_graphs() -> int:
 
 
 def peaks(methods: list[str]) -> list[Row]:
-    measured = {name: in_fresh_process([*sys.argv, "--measure-peak", name]) for name in methods}
+    measured = {name: in_fresh_process("benchmarks.step", [*sys.argv[1:], "--measure-peak", name]) for name in methods}
     full = measured.get("full")
     return [
         {

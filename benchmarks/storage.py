@@ -1,7 +1,7 @@
 """What the storage of the frozen weights costs in held-out loss: the same run with each of them, one after the other.
 
-    python benchmarks/storage.py              # the quickstart with each storage: six runs of 3 minutes
-    python benchmarks/storage.py --storages float32 nf4+residual
+    python -m benchmarks.storage              # the quickstart with each storage: six runs of 3 minutes
+    python -m benchmarks.storage --storages float32 nf4+residual
 
 `+residual` is relora.carry_residual = true. A run that is already finished in its folder is not made again. "live" is
 the model that computes with the stored weights; "master" the exact one, which the checkpoints and final/ hold.
@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tables import Limit, Row, options_of, publish
-
+from benchmarks.tables import Limit, Row, options_of, publish
 from relora.commands.eval import held_out
 from relora.tracking.metrics_file import read_metrics
 

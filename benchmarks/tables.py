@@ -45,14 +45,15 @@ def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def publish(tables: Mapping[str, Sequence[Row]], limits: Sequence[Limit], *, json_path: Path | None) -> None:
     """Print the tables, each under its title, and the limits; write both to `json_path`, unrounded."""
-    print(f"`{' '.join(['python', *sys.argv])}`\n\n{machine()}")
+    command = " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    print(f"`{command}`\n\n{machine()}")
     for title, rows in tables.items():
         print(f"\n{title}\n\n{table(rows)}")
     if limits:
         print("\n" + "\n".join(f"- {limit}" for limit in limits))
     if json_path is not None:
         told = [asdict(limit) | {"is_met": limit.is_met} for limit in limits]
-        content = {"command": sys.argv, "machine": machine(), "tables": tables, "limits": told}
+        content = {"command": command, "machine": machine(), "tables": tables, "limits": told}
         json_path.write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Make .venv at the root of the repository, and install relora there with the versions that pyproject.toml pins.
+# Make .venv at the root of the repository, and install relora there with the versions of launch/constraints.txt.
 #
 #   bash launch/setup.sh [EXTRAS]          EXTRAS: extras of pyproject.toml, as in plots,test,dev
 #
-# When there is nothing to do it does nothing, in well under a second and without the network.
+# When nothing has changed since the last time it returns in well under a second, without the network.
 #   RELORA_PYTHON        the Python to build on (3.11 or newer); default: python3.11, else python3
 #   RELORA_TORCH_INDEX   address of the package index to take torch from: one for each CPU, CUDA or ROCm build, see
 #                        PyTorch's installation page; default: the index that pip uses for everything
@@ -15,13 +15,14 @@ wanted=${1:-}
 index=${RELORA_TORCH_INDEX:-}
 venv=$root/.venv
 python=$venv/bin/python
+constraints=launch/constraints.txt
 stamp=$venv/relora-setup   # five lines: key, root, index, extras, torch build; there only after a complete installation
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_USER=0
 
 say() { printf 'setup: %s\n' "$*"; }
 fail() { printf 'setup: error: %s\n' "$*" >&2; exit 1; }
 
-# Another Python named than the one that .venv was built on?
+# Whether RELORA_PYTHON names another Python than the one that .venv was built on.
 other_python() {
     local who='import sys; print(sys.version, sys.base_prefix)'
     [[ -n ${RELORA_PYTHON:-} ]] && [[ $("$RELORA_PYTHON" -c "$who") != "$("$python" -c "$who")" ]]
@@ -29,11 +30,12 @@ other_python() {
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; }
 
-# sha256 of what decides the installation, but for the extras.
+# sha256 of everything that determines the installation, except the extras.
 key_of_installation() {
-    "$python" - "$index" <<'PY'
+    "$python" - "$index" pyproject.toml "$constraints" <<'PY'
 import hashlib, pathlib, sys
-print(hashlib.sha256(pathlib.Path("pyproject.toml").read_bytes() + b"\0" + sys.argv[1].encode()).hexdigest())
+parts = [sys.argv[1].encode(), *(pathlib.Path(path).read_bytes() for path in sys.argv[2:])]
+print(hashlib.sha256(b"\0".join(parts)).hexdigest())
 PY
 }
 
@@ -57,9 +59,9 @@ make_venv() {
     local base
     base=$(find_python)
     "$base" -c 'import venv, ensurepip' >/dev/null 2>&1 ||
-        fail "$base cannot make virtual environments: install its venv module" \
+        fail "$base cannot create virtual environments: install its venv module" \
             "(Debian and Ubuntu: apt install python3-venv)"
-    say "making .venv with $("$base" --version)"
+    say "creating .venv with $("$base" --version)"
     "$base" -m venv --clear -- "$venv"
 }
 
@@ -82,13 +84,13 @@ read_stamp() {
 
 read_stamp
 if [[ -e $venv ]] && ! new_enough "$python"; then
-    say "the .venv here does not work: making it anew"
+    say "the .venv here does not work: recreating it"
     make_venv
 elif [[ -n $old_root && $old_root != "$root" ]]; then
-    say "the .venv here was made for $old_root: making it anew"
+    say "the .venv here was made for $old_root: recreating it"
     make_venv
 elif [[ -e $venv ]] && other_python; then
-    say "RELORA_PYTHON=$RELORA_PYTHON is another Python than that of .venv: making it anew"
+    say "RELORA_PYTHON=$RELORA_PYTHON is another Python than that of .venv: recreating it"
     make_venv
 elif [[ ! -e $venv ]]; then
     make_venv
@@ -96,18 +98,13 @@ fi
 read_stamp
 
 key=$(key_of_installation)
-extras=$(union "$wanted" "$old_extras")   # what is there stays: scripts with other extras do not undo each other
+extras=$(union "$wanted" "$old_extras")   # installed extras stay: scripts with different extras do not undo each other
 if [[ $key == "$old_key" && $extras == "$old_extras" ]]; then
     say "ready: $old_torch"
     exit 0
 fi
 
-torch=$("$python" - <<'PY'
-import pathlib, tomllib
-pins = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]["dependencies"]
-print(next(pin for pin in pins if pin.startswith("torch==")))
-PY
-)
+torch=$(grep -m1 '^torch==' "$constraints") || fail "$constraints does not pin torch"
 say "installing $torch from ${index:-the default package index (RELORA_TORCH_INDEX names another)}"
 rm -f -- "$stamp"
 if [[ $index != "$old_index" ]]; then   # the same version from another index would count as installed
@@ -116,7 +113,7 @@ fi
 if [[ -n $index ]]; then pip_install --index-url "$index" "$torch"; else pip_install "$torch"; fi
 
 say "installing relora${extras:+ with the extras $extras}"
-pip_install -e ".${extras:+[$extras]}"
+pip_install --constraint "$constraints" -e ".${extras:+[$extras]}"
 
 got=$("$python" - <<'PY'
 import torch

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import storage
 from tests.helpers.launch import written
-from tests.helpers.programs import ROOT
 
-FOLDER = ROOT / "benchmarks"
 SIZE = {"layers": 1, "hidden-size": 32, "intermediate-size": 80, "heads": 2, "vocab-size": 64, "rank": 4}
 TOKENS = {"batch": 2, "sequence": 16}
 SMALL = [f"--{name}={value}" for name, value in (SIZE | TOKENS).items()]
@@ -28,17 +27,17 @@ Benchmark = Callable[..., tuple[Tables, Limits]]
 
 @pytest.fixture
 def benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Benchmark:
-    """`benchmark(name, *arguments)` runs one as a script (processes that it starts are its own) -> tables, limits.
+    """`benchmark(name, *arguments)` runs `python -m benchmarks.NAME` in this process -> tables, limits.
 
-    It has printed each table and each limit.
+    It has printed each table and each limit, and the command to repeat it.
     """
 
     def run(name: str, *arguments: str) -> tuple[Tables, Limits]:
-        script, written_to = str(FOLDER / f"{name}.py"), tmp_path / f"{name}.json"
-        monkeypatch.setattr(sys, "argv", [script, *arguments, "--json", str(written_to)])
-        monkeypatch.syspath_prepend(str(FOLDER))
-        runpy.run_path(script, run_name="__main__")
+        written_to = tmp_path / f"{name}.json"
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments, "--json", str(written_to)])
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
         content, printed = json.loads(written_to.read_text()), capsys.readouterr().out
+        assert printed.startswith(f"`python -m benchmarks.{name} {arguments[0]}")
         for title, rows in content["tables"].items():
             assert f"\n{title}\n\n| {' | '.join(rows[0])} |\n|---" in printed
             numbers = [value for row in rows for value in row.values() if isinstance(value, float | int)]
@@ -132,12 +131,10 @@ def test_the_same_run_with_each_storage(
     assert not limits
 
 
-def test_a_coarse_storage_is_asked_for_and_its_master_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    storage = runpy.run_path(str(FOLDER / "storage.py"))
-    assert storage["overrides"]("bfloat16") == ["lora.base_dtype=bfloat16"]
-    assert storage["overrides"]("nf4+residual") == ["lora.base_dtype=nf4", "relora.carry_residual=true"]
+def test_a_coarse_storage_and_its_master_are_compared() -> None:
+    assert storage.overrides("bfloat16") == ["lora.base_dtype=bfloat16"]
+    assert storage.overrides("nf4+residual") == ["lora.base_dtype=nf4", "relora.carry_residual=true"]
     probes = {"probe_loss_before": 2.0, "probe_loss_after": 2.25, "probe_loss_master": 2.125}
-    row = storage["restart_row"]({"step": 7, "merge_error": 0.5, "master_error": 1e-7} | probes)
+    row = storage.restart_row({"step": 7, "merge_error": 0.5, "master_error": 1e-7} | probes)
     assert (row["after - before"], row["live after - master"]) == (0.25, 0.125)
     assert (row["merge_error"], row["master_error"]) == (0.5, 1e-7)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,25 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from relora.config.derived import schedule_of
 from relora.config.load import load_config
 from relora.config.schema import Config
+from relora.method.schedule import Schedule
+from tests.helpers.programs import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MODELS = sorted((ROOT / "configs" / "models").glob("*.json"))
 LAUNCH_CONFIGS = sorted(path for path in (ROOT / "launch").glob("*.yaml") if path.stem != "kubernetes")
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
-SIZES = ["60m", "130m", "250m", "350m", "1b"]
+
+# size: updates, updates of warm start, rate of the low-rank stage, samples per update, tokens per sample, share of C4
+RECIPES = {
+    "60m": (20000, 5000, 2e-3, 480, 256, "train[:2%]"),
+    "130m": (20000, 5000, 2e-3, 600, 256, "train[:3%]"),
+    "250m": (20000, 5000, 1e-3, 1152, 512, "train[:8%]"),
+    "350m": (20000, 5000, 1e-3, 1152, 512, "train[:8%]"),
+    "1b": (30000, 10000, 8e-4, 1536, 512, "train[:16%]"),
+}
 
 # size: hidden, heads, layers, ffn, parameters with a vocabulary of 32,100 and untied embeddings
 SHAPES = {
@@ -42,9 +53,16 @@ def by_name(paths: list[Path]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("path", paths, ids=lambda path: path.name)
 
 
-def load(path: Path) -> Config:
-    """By our own reader, rules between keys included."""
-    return load_config(path)
+def read_tree(path: Path) -> dict[str, Any]:
+    """The file as any YAML reader has it, laid over the file that it extends."""
+    tree = yaml.safe_load(path.read_text())
+    return merged(read_tree(path.parent / tree.pop("extends")), tree) if "extends" in tree else tree
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Mappings merge key by key; of anything else, lists included, `above` wins."""
+    both = {key: merged(below[key], above[key]) for key in below.keys() & above if isinstance(above[key], dict)}
+    return below | above | both
 
 
 def first_comment(path: Path) -> str:
@@ -60,18 +78,23 @@ def differences(a: Any, b: Any, prefix: str = "") -> set[str]:
     return set().union(*(differences(a.get(key), b.get(key), f"{prefix}{key}.") for key in keys))
 
 
+def variant(path: Path, name: str) -> list[str]:
+    """The overrides that the first comment gives for a variant."""
+    [overrides] = re.findall(rf"^# {name}: (.+)$", first_comment(path), re.MULTILINE)
+    return str(overrides).split()
+
+
 def test_all_configs_are_here() -> None:
-    llamas = {f"llama_{size}{kind}" for size in SIZES for kind in ("", "_paper", "_full")}
-    assert {path.stem for path in CONFIGS} >= llamas | {"quickstart", "continue_pretrained"}
-    assert {path.stem for path in LAUNCH_CONFIGS} >= {"cpu", "ddp_cpu", "one_gpu", "ddp"}
+    llamas = {f"llama_{size}" for size in RECIPES}
+    assert {path.stem for path in CONFIGS} == llamas | {"quickstart", "continue_pretrained"}
     assert {path.stem for path in MODELS} == {f"llama_{size}" for size in SHAPES}
 
 
 @by_name(CONFIGS)
 def test_config_is_valid_and_the_same_to_any_yaml_reader(path: Path) -> None:
-    config = load(path)
+    config = load_config(path)
     assert config.output_dir == f"runs/{path.stem}"
-    assert config == Config.model_validate(yaml.safe_load(path.read_text()))
+    assert config == Config.model_validate(read_tree(path))
 
 
 @by_name(CONFIGS)
@@ -84,49 +107,73 @@ def test_config_starts_with_its_command_hardware_time_and_result(path: Path) -> 
 
 @by_name(CONFIGS)
 def test_files_named_in_a_config_exist(path: Path) -> None:
-    config = load(path)
+    config = load_config(path)
     assert (config.model.config is None) != (config.model.name_or_path is None)
     if isinstance(config.model.config, str):
         assert (ROOT / config.model.config).is_file()
-    for word in first_comment(path).split():
-        if word.startswith(("launch/", "configs/")):
-            assert (ROOT / word.strip("(),;:")).is_file(), word
+    for word in re.findall(r"[\w./]+\.(?:yaml|sh|md)\b", first_comment(path)):
+        assert (ROOT / word).is_file() or (path.parent / word).is_file(), word
 
 
 @by_name(CONFIGS)
 def test_batch_divides_on_the_hardware_named(path: Path) -> None:
-    training = load(path).training
+    training = load_config(path).training
     num_processes = 8 if "launch/ddp.yaml" in first_comment(path) else 1
     assert training.global_batch_size % (training.per_device_batch_size * num_processes) == 0
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_sizes_differ_only_where_they_say(size: str) -> None:
-    paper, plain, full = (
-        load(ROOT / "configs" / f"llama_{size}{kind}.yaml").model_dump() for kind in ("_paper", "", "_full")
-    )
-    assert differences(paper, plain) == {"output_dir", "lora.lora_dropout"}
-    assert (paper["lora"]["lora_dropout"], plain["lora"]["lora_dropout"]) == (0.1, 0.0)
-    assert {name for name in differences(plain, full) if not name.startswith("relora.")} == {
-        "output_dir",
-        "training.method",
-        "optim.learning_rate",
-        "optim.warm_start_learning_rate",
-    }
-    assert full["optim"]["learning_rate"] == plain["optim"]["warm_start_learning_rate"]
+@by_name(CONFIGS)
+def test_batch_divides_over_every_number_of_gpus_that_the_header_allows(path: Path) -> None:
+    training = load_config(path).training
+    for number in re.findall(r"any number of GPUs that divides (\d+)", first_comment(path)):
+        assert training.global_batch_size % (training.per_device_batch_size * int(number)) == 0
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_paper_recipe(size: str) -> None:
-    config = load(ROOT / "configs" / f"llama_{size}_paper.yaml")
+@pytest.mark.parametrize("size", RECIPES)
+def test_recipe(size: str) -> None:
+    config = load_config(ROOT / "configs" / f"llama_{size}.yaml")
+    steps, warm_start_steps, rate, batch_size, length, split = RECIPES[size]
     assert config.model.config == f"configs/models/llama_{size}.json"
-    assert (config.lora.r, config.lora.lora_alpha, config.lora.lora_dropout) == (128, 32, 0.1)
-    assert (config.relora.restart_every, config.relora.optimizer_reset) == (5000, "zero")
-    steps = (config.relora.warm_start_steps, config.training.max_steps)
-    assert steps == ((10000, 30000) if size == "1b" else (5000, 20000))
-    assert (config.schedule.warmup_steps, config.schedule.restart_warmup_steps) == (500, 100)
-    assert config.schedule.min_lr_ratio == 0.1
-    assert config.optim.warm_start_learning_rate == config.optim.learning_rate / 2
+    [source] = config.data.sources
+    assert (source.path, source.name, source.split) == ("allenai/c4", "en", split)
+    assert (config.data.sequence_length, config.data.tokenizer) == (length, "google-t5/t5-base")
+    assert (config.lora.r, config.lora.lora_alpha, config.lora.lora_dropout) == (128, 32, 0)
+    assert config.relora.optimizer_reset == "zero"
+    assert (config.optim.adam_beta1, config.optim.adam_beta2, config.optim.weight_decay) == (0.9, 0.999, 0)
+    assert (config.training.method, config.training.global_batch_size) == ("relora", batch_size)
+    assert schedule_of(config) == Schedule(
+        max_steps=steps,
+        warmup_steps=500,
+        restart_every=5000,
+        restart_warmup_steps=100,
+        min_lr_ratio=0.1,
+        warm_start_steps=warm_start_steps,
+        learning_rate=rate,
+        warm_start_learning_rate=rate / 2,
+    )
+
+
+@pytest.mark.parametrize("size", RECIPES)
+def test_the_papers_own_differs_in_dropout_alone(size: str) -> None:
+    path = ROOT / "configs" / f"llama_{size}.yaml"
+    ours, papers = (
+        load_config(path, overrides).model_dump() for overrides in ([], variant(path, "The paper's own dropout"))
+    )
+    assert differences(ours, papers) == {"output_dir", "lora.lora_dropout"}
+    assert (papers["output_dir"], papers["lora"]["lora_dropout"]) == (f"runs/llama_{size}_paper", 0.1)
+
+
+@pytest.mark.parametrize("size", RECIPES)
+def test_the_baseline_is_one_cosine_at_the_rate_of_the_warm_start(size: str) -> None:
+    path = ROOT / "configs" / f"llama_{size}.yaml"
+    ours, full = load_config(path), load_config(path, variant(path, "Full-rank baseline"))
+    changed = {"output_dir", "training.method", "optim.learning_rate"}
+    assert differences(ours.model_dump(), full.model_dump()) == changed
+    assert full.output_dir == f"runs/llama_{size}_full"
+    schedule = schedule_of(full)
+    assert not schedule.has_low_rank_stage
+    assert schedule.restarts_done(full.training.max_steps) == 0
+    assert schedule.rate(499) == ours.optim.warm_start_learning_rate
 
 
 @pytest.mark.parametrize("size", SHAPES)

@@ -1,10 +1,12 @@
 """The launch files: what accelerate, torchrun, Slurm and Kubernetes make of them, without GPUs or a cluster."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.distributed.run import get_args_parser
 from relora.checkpoint.run_folder import RunFolder
 from relora.config import load_config
 from relora.config.derived import accumulation_steps
+from tests.helpers.launch import command, written
 from tests.helpers.programs import ROOT, run
 
 LAUNCH = ROOT / "launch"
@@ -22,7 +25,6 @@ ALONE = {"compute_environment", "distributed_type", "use_cpu", "num_machines", "
 SEVERAL = ALONE | {"machine_rank", "main_process_port", "rdzv_backend", "same_network"}
 ZERO = {"distributed_type": "DEEPSPEED", "keys": SEVERAL | {"deepspeed_config"}}
 KINDS: dict[str, dict[str, Any]] = {
-    "cpu": {"distributed_type": "NO", "keys": ALONE},
     "one_gpu": {"distributed_type": "NO", "keys": ALONE},
     "ddp": {"distributed_type": "MULTI_GPU", "keys": SEVERAL},
     "fsdp2": {"distributed_type": "FSDP", "keys": SEVERAL | {"fsdp_config"}},
@@ -38,8 +40,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def test_every_file_is_of_a_known_kind() -> None:
-    twins = {f"{name}_cpu" for name in OF_EIGHT_GPUS}
-    assert {path.stem for path in LAUNCH.glob("*.yaml")} == KINDS.keys() | twins | {"kubernetes"}
+    assert {path.stem for path in LAUNCH.glob("*.yaml")} == KINDS.keys() | {"kubernetes"}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -49,11 +50,16 @@ def test_accelerate_file_has_the_keys_of_its_kind(name: str) -> None:
     assert tree.keys() == KINDS[name]["keys"]
     assert tree["mixed_precision"] == "no"  # training.mixed_precision decides
     assert tree["num_processes"] == (8 if name in OF_EIGHT_GPUS else 1)
+    assert tree["use_cpu"] is False  # relora itself takes the CPU where no GPU is visible
 
 
-@pytest.mark.parametrize("name", OF_EIGHT_GPUS)
-def test_cpu_twin_differs_in_size_and_device_only(name: str) -> None:
-    assert read(f"{name}_cpu") == read(name) | {"use_cpu": True, "num_processes": 2}
+@pytest.mark.parametrize("kind", [f"{name}_cpu" for name in OF_EIGHT_GPUS])
+def test_the_file_of_an_engine_also_starts_two_processes_on_the_cpu(
+    kind: str, tiny_run: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    result = run([*command(kind, written(tiny_run(), tmp_path)), "--dry-run"], timeout_s=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert re.search(r"\(gloo\), (world size|processes) 2, device cpu", result.stdout)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -11,25 +11,27 @@ from relora.config import load_config
 from relora.config.derived import accumulation_steps
 from tests.helpers.programs import ROOT
 
-TEXTS = (ROOT / "README.md", *sorted((ROOT / "launch").glob("*.yaml")))
-COMMAND = re.compile(r"--config_file (launch/\S+) -m relora train ((?:[^\n#\\]|\\\n#?)*)")
+TEXTS = (ROOT / "README.md", *sorted((ROOT / "launch").glob("*.yaml")), *sorted((ROOT / "configs").glob("*.yaml")))
+COMMAND = re.compile(r"--config_file (launch/\S+)(?: --num_processes (\d+))? -m relora train ((?:[^\n#\\]|\\\n#?)*)")
 
 
-def commands() -> list[tuple[str, str]]:
-    return [(launch, rest) for text in TEXTS for launch, rest in COMMAND.findall(text.read_text())]
+def commands() -> list[tuple[str, str, str]]:
+    """Launch file, number of processes (empty: the file's), and arguments of each command."""
+    return [found for text in TEXTS for found in COMMAND.findall(text.read_text())]
 
 
-@pytest.mark.parametrize(("launch", "rest"), commands())
-def test_launch_commands_fit_their_configs(launch: str, rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("launch", "size", "rest"), commands())
+def test_launch_commands_fit_their_configs(launch: str, size: str, rest: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     config, *overrides = shlex.split(rest.replace("\\\n#", " ").replace("\\\n", " "))
-    num_processes = yaml.safe_load(Path(launch).read_text())["num_processes"]
+    num_processes = int(size or yaml.safe_load(Path(launch).read_text())["num_processes"])
     assert accumulation_steps(load_config(config, overrides), num_processes) >= 1
 
 
 def test_there_are_such_commands() -> None:
-    engines = [f"{engine}{where}" for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3") for where in ("", "_cpu")]
-    assert {launch for launch, _ in commands()} == {f"launch/{kind}.yaml" for kind in ("cpu", "one_gpu", *engines)}
+    kinds = "one_gpu", "ddp", "fsdp2", "zero1", "zero2", "zero3"
+    assert {launch for launch, _, _ in commands()} == {f"launch/{kind}.yaml" for kind in kinds}
+    assert ("launch/ddp.yaml", "2") in {found[:2] for found in commands()}, "two processes on the CPU"
 
 
 def test_files_that_the_readme_names_exist() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.engines.test_engines import ENGINES
-from tests.helpers.launch import LAUNCHER
+from tests.helpers.launch import LAUNCHER, launch_file
 from tests.helpers.programs import run
 
 TOLERANCE = 1e-4
@@ -51,9 +51,9 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Told]:
 def options(engine: str, folder: Path) -> list[str]:
     if engine == "fsdp2_offloaded":
         chosen = "--fsdp_offload_params", "true", "--fsdp_activation_checkpointing", "true"
-        return ["--config_file", "launch/fsdp2_cpu.yaml", *chosen]
+        return [*launch_file("fsdp2_cpu"), *chosen]
     if not engine.startswith("zero3"):
-        return ["--config_file", f"launch/{engine}_cpu.yaml"]
+        return launch_file(f"{engine}_cpu")
     settings: dict[str, Any] = {"zero_optimization": dict(ALL_PARTITIONED)}
     if engine == "zero3_offloaded":
         settings["zero_optimization"] |= ON_HOST

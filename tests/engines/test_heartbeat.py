@@ -18,6 +18,7 @@ from torch import distributed
 from torch.distributed import TCPStore
 
 from relora.engines.heartbeat import Heartbeat, Limits
+from tests.helpers.launch import launch_file
 from tests.helpers.programs import run
 
 FORK = multiprocessing.get_context("fork")  # torch is loaded once only
@@ -184,7 +185,7 @@ if distributed.get_rank() == 1:
 time.sleep(60)
 """
 STANDALONE = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-STATIC = ["accelerate.commands.launch", "--config_file", "launch/ddp_cpu.yaml", "--main_process_port", "0"]
+STATIC = ["accelerate.commands.launch", *launch_file("ddp_cpu"), "--main_process_port", "0"]
 
 
 def test_the_store_of_real_launchers_is_found(tmp_path: Path) -> None:

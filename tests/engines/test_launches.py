@@ -17,7 +17,7 @@ from relora.config import UserError, check
 from relora.engines.fsdp2 import fsdp_options
 from relora.engines.world import launched_engine
 from relora.train.preflight import preflight
-from tests.helpers.launch import LAUNCHER, written
+from tests.helpers.launch import LAUNCHER, launch_file, written
 from tests.helpers.programs import ROOT, run
 from tests.helpers.tiny import MODEL, settings
 
@@ -26,7 +26,7 @@ TWO = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"
 
 
 def file(name: str, *options: str) -> list[str]:
-    return ["--config_file", f"{ROOT}/launch/{name}.yaml", *options]
+    return [*launch_file(name), *options]
 
 
 def as_rank_0_of(launch: list[str], patch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from tests.helpers.programs import run
+from tests.helpers.programs import ROOT, run
 
 LAUNCHER = [sys.executable, "-m", "accelerate.commands.launch"]
 
@@ -20,13 +20,20 @@ def written(tree: dict[str, Any], folder: Path) -> Path:
     return path
 
 
+def launch_file(kind: str) -> list[str]:
+    """Options of `accelerate launch`: launch/KIND.yaml; of ENGINE_cpu, launch/ENGINE.yaml with two processes."""
+    engine = kind.removesuffix("_cpu")
+    size = ["--num_processes", "2"] if engine != kind else []
+    return ["--config_file", f"{ROOT}/launch/{engine}.yaml", *size]
+
+
 def command(kind: str, config: Path, *overrides: str) -> list[str]:
-    """`accelerate launch --config_file launch/KIND.yaml -m relora train CONFIG`."""
-    return [*LAUNCHER, "--config_file", f"launch/{kind}.yaml", "-m", "relora", "train", str(config), *overrides]
+    """`accelerate launch --config_file launch/ENGINE.yaml ... -m relora train CONFIG`; `kind` as in `launch_file`."""
+    return [*LAUNCHER, *launch_file(kind), "-m", "relora", "train", str(config), *overrides]
 
 
 def accelerate(kind: str, config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """Train under launch/KIND.yaml, with no environment variable of a launcher set, to a good end."""
+    """Train under `command`, with no environment variable of a launcher set, to a successful end."""
     assert not [name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_", "WORLD_SIZE"))]
     result = run(command(kind, config, *overrides))
     assert result.returncode == 0, result.stderr[-3000:]
