@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from relora.commands.load_model import load, run_of
 from relora.config import Config, UserError, raise_if_any
-from relora.data import check_amount, eval_batches, unigram_entropy
+from relora.data import amount_problems, eval_batches, unigram_entropy
 from relora.data import prepare as prepare_tokens
 from relora.engines import Batch
 from relora.model.model import token_losses
@@ -56,7 +56,7 @@ def held_out(run_or_model: str, config: Config | None = None) -> HeldOut:
         else tokenizer.name_or_path,
         trust_remote_code=settings.model.trust_remote_code,
     )
-    raise_if_any(check_amount(data, settings.data))
+    raise_if_any(amount_problems(data, settings.data))
     batch_size = settings.training.per_device_eval_batch_size or settings.training.per_device_batch_size
     is_bf16 = settings.training.mixed_precision == "bf16"
 
@@ -66,7 +66,9 @@ def held_out(run_or_model: str, config: Config | None = None) -> HeldOut:
             return token_losses(model, on_device)
 
     loss, labels = summed_losses(losses, eval_batches(data, settings.data, batch_size=batch_size))
-    return HeldOut(loss / labels, labels, unigram_entropy(data, settings.data))
+    return HeldOut(
+        loss / labels, labels, unigram_entropy(data, settings.data, targets=lambda batch: batch["labels"][:, 1:])
+    )
 
 
 def _vocab_size(config: PretrainedConfig) -> int:

@@ -61,7 +61,7 @@ def measured(job: Run) -> dict[str, Any]:
         "tokens": last["tokens"],
         "skipped_updates": last["samples_seen"] // job.config.training.global_batch_size - last["step"],
         "eval_loss": evaluations[last["step"]],
-        "unigram_entropy": unigram_entropy(job.data, job.config.data),
+        "unigram_entropy": unigram_entropy(job.data, job.config.data, targets=lambda batch: batch["labels"][:, 1:]),
     }
     if job.schedule.has_low_rank_stage and job.schedule.warm_start_steps:
         results["eval_loss_at_switch"] = evaluations[job.schedule.warm_start_steps]

@@ -17,7 +17,8 @@ from relora.checkpoint.state import State
 from relora.config import Config, ModelSection, UserError, raise_if_any
 from relora.config.derived import accumulation_steps, fingerprint, identity, lora_config, schedule_of
 from relora.config.load import shown
-from relora.data import PreparedData, check_amount, check_files, prepare
+from relora.data import PreparedData, amount_problems, prepare
+from relora.data import problems as problems_of_sources
 from relora.engines import (
     check_world,
     is_first_on_node,
@@ -77,7 +78,7 @@ def open_run(config: Config, *, extend: bool = False) -> Run:
     hf_config = check_surroundings(config, folder, extend=extend, problems=launch_problems(config))
     raise_if_any(check_model(config, hf_config))
     data = prepare_data(config, hf_config)
-    raise_if_any(check_amount(data, config.data))
+    raise_if_any(amount_problems(data, config.data))
     return Run(config, hf_config, data, folder, run_identity(config, hf_config))
 
 
@@ -107,7 +108,7 @@ def check_surroundings(
     problems = [
         *problems,
         *in_the_way,
-        *check_files(config.data),
+        *problems_of_sources(config.data),
         *_problems_of(lambda: found.append(load_hf_config(config.model))),
     ]
     if found and not in_the_way:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from relora.data import check_files, prepare
-from relora.data.local_files import stdlib_files
+from relora.data import prepare, problems
+from relora.data.sources import StdlibSource
 from relora.errors import UserError
 
 
@@ -34,7 +34,7 @@ def test_everything_cheap_is_reported_together(tmp_path, write, config):
         {"path": str(tmp_path / "good.jsonl"), "split": "test"},
         {"path": "python-stdlib", "split": "test"},
     )
-    found = check_files(data)
+    found = problems(data)
     expected = [
         ("data.sources[1].path", "god.jsonl", "no such file or folder", "nearest is 'good.jsonl'"),
         ("data.sources[2].path", "no file matches this pattern"),
@@ -58,25 +58,25 @@ def test_everything_cheap_is_reported_together(tmp_path, write, config):
 def test_unreadable_file(tmp_path, write, config):
     path = write(tmp_path / "a.txt", ["secret"])
     Path(path).chmod(0)
-    assert "permission denied" in check_files(config(path))[0]
+    assert "permission denied" in problems(config(path))[0]
 
 
 def test_too_long_text_file(tmp_path, config):
     with (tmp_path / "a.txt").open("wb") as file:
         file.truncate(2**31)
-    assert "a text file is one document" in check_files(config(str(tmp_path / "a.txt")))[0]
+    assert "a text file is one document" in problems(config(str(tmp_path / "a.txt")))[0]
 
 
 def test_folder_of_several_kinds(tmp_path, write, config):
     write(tmp_path / "f" / "a.txt", ["a"])
     write(tmp_path / "f" / "b.jsonl", ["b"])
-    assert "several kinds {'json': 1, 'text': 1}" in check_files(config(str(tmp_path / "f")))[0]
+    assert "several kinds {'json': 1, 'text': 1}" in problems(config(str(tmp_path / "f")))[0]
 
 
 def test_folder_with_files_outside_its_splits(tmp_path, write, config):
     for name in ("train.jsonl", "test.jsonl", "other.jsonl"):
         write(tmp_path / "f" / name, ["a"])
-    (line,) = check_files(config(str(tmp_path / "f")))
+    (line,) = problems(config(str(tmp_path / "f")))
     assert "1 files belong to none (such as other.jsonl)" in line
 
 
@@ -114,7 +114,7 @@ def test_hub_out_of_reach(config, monkeypatch):
     assert "data.sources[0].path = 'nobody/nothing': no such file or folder here" in line
 
 
-def test_stdlib_is_sorted_and_without_tests():
-    files = stdlib_files()
+def test_stdlib_is_sorted_and_without_tests(config):
+    files = StdlibSource(config("python-stdlib").sources[0]).files
     assert len(files) > 300 and list(files) == sorted(files)
     assert not [path for path in files if {"test", "tests", "idle_test", "site-packages"} & set(path.parts)]
