@@ -16,9 +16,9 @@ from pathlib import Path
 
 from benchmarks.tables import Limit, options_of, publish
 from relora import LoRAConfig, build_optimizer, inject_lora
-from relora.config.schema import DataSection, ModelSection
+from relora.config.schema import DataSection, ModelSection, SourceSection
 from relora.data import PreparedData, prepare
-from relora.data.local_files import stdlib_texts
+from relora.data.sources import StdlibSource
 from relora.data.tokenize import usable_cores
 from relora.model.model import build_model, load_hf_config, token_losses
 
@@ -72,7 +72,7 @@ def measure(folder: Path, megabytes: int, num_proc: int) -> dict[str, float]:
 def corpus(path: Path, megabytes: int) -> tuple[DataSection, int]:
     """The standard library over and over, each copy a document of its own, in documents of about 4 kB."""
     num_bytes = 0
-    texts = stdlib_texts()
+    texts = StdlibSource(SourceSection(path="python-stdlib")).load("text", 1)["text"]
     with path.open("w") as file:
         for copy in range(10**6):
             for text in texts:

@@ -1,7 +1,7 @@
-"""The sample at a position, and the micro-batches of a rank from a position on."""
+"""The sample at a position, and the micro-batches of a process from a position on."""
 
 import signal
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +13,7 @@ from relora.data.mixture import Mixture, row_of
 from relora.data.token_stream import Row, TokenStream
 
 Batch = dict[str, Tensor]
+MakeBatch = Callable[..., Batch]  # (rows, sequence_length, *, eos_id, document_mask), as `make_batch`
 IGNORED_LABEL = -100  # transformers' ignore_index
 READER_GRACE_S = 300
 NO_TOKENS = Row(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
@@ -21,24 +22,25 @@ NO_TOKENS = Row(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 def make_batch(rows: Sequence[Row], sequence_length: int, *, eos_id: int, document_mask: bool) -> Batch:
     """Rows -> int64 tensors [rows, sequence_length]: input_ids, labels, and with document_mask two more.
 
-    labels: a copy of input_ids, unshifted as transformers wants it, NOT_A_LABEL on padding (whose id is EOS). With
+    labels: a copy of input_ids, unshifted as in transformers, IGNORED_LABEL on padding (whose id is EOS). With
     document_mask: document_ids 0, 1, 2.. within the row (padding is a document of its own), position_ids from 0 in
-    each, and NOT_A_LABEL at the first token of a document, which nothing in its document predicts.
+    each, and IGNORED_LABEL at the first token of a document, which nothing in its document predicts.
     """
     input_ids = np.full((len(rows), sequence_length), eos_id, dtype=np.int64)
     labels = np.full_like(input_ids, IGNORED_LABEL)
     for input_row, label_row, row in zip(input_ids, labels, rows, strict=True):
         input_row[: len(row.tokens)] = row.tokens
         label_row[: len(row.tokens)] = row.tokens
-    if not document_mask:
-        return tensors({"input_ids": input_ids, "labels": labels})
-    begins = document_begins(rows, sequence_length)
-    labels[begins] = IGNORED_LABEL
-    return tensors({"input_ids": input_ids, "labels": labels, **places(begins)})
+    arrays = {"input_ids": input_ids, "labels": labels}
+    if document_mask:
+        begins = document_begins(rows, sequence_length)
+        labels[begins] = IGNORED_LABEL
+        arrays |= places(begins)
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def document_begins(rows: Sequence[Row], sequence_length: int) -> np.ndarray:
-    """Bool [rows, sequence_length]: where a document, or the padding, begins."""
+    """Bool [rows, sequence_length]: True where a document, or the padding, begins."""
     begins = np.zeros((len(rows), sequence_length), dtype=bool)
     for begin_row, row in zip(begins, rows, strict=True):
         begin_row[row.starts] = True
@@ -47,7 +49,13 @@ def document_begins(rows: Sequence[Row], sequence_length: int) -> np.ndarray:
 
 
 def places(begins: np.ndarray) -> dict[str, np.ndarray]:
-    """position_ids and document_ids of rows whose documents begin there; what runs on at 0 is document 0."""
+    """position_ids and document_ids of rows whose documents begin where `begins` is True.
+
+    A document that continues from the row before is document 0:
+        begins          . . 1 . 1
+        position_ids    0 1 0 1 0
+        document_ids    0 0 1 1 2
+    """
     later = begins.copy()
     later[:, 0] = False
     columns = np.arange(begins.shape[1])
@@ -55,30 +63,37 @@ def places(begins: np.ndarray) -> dict[str, np.ndarray]:
     return {"position_ids": columns - begun_at, "document_ids": np.cumsum(later, axis=1, dtype=np.int64)}
 
 
-def tensors(arrays: dict[str, np.ndarray]) -> Batch:
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
 class Samples(Dataset[Batch]):
-    """The endless training samples: samples[i] is a pure function of (seed, i), of 1-D int64 tensors."""
+    """The endless training samples: samples[i] is a pure function of (seed, i), of 1-D int64 tensors.
+
+    `make_batch` turns rows into tensors; a task may replace it by another of the same signature.
+    """
 
     def __init__(
-        self, streams: Sequence[TokenStream], mixture: Mixture, *, seed: int, eos_id: int, document_mask: bool
+        self,
+        streams: Sequence[TokenStream],
+        mixture: Mixture,
+        *,
+        seed: int,
+        eos_id: int,
+        document_mask: bool,
+        make_batch: MakeBatch = make_batch,
     ) -> None:
         self.streams = list(streams)
         self.mixture = mixture
         self.seed = seed
         self.eos_id = eos_id
         self.document_mask = document_mask
+        self.make_batch = make_batch
 
     def locate(self, i: int) -> tuple[int, int]:
-        """Sample i -> (source, row)."""
+        """Sample i -> (source, row of that source)."""
         source, count = self.mixture.locate(i)
         num_rows = self.streams[source].num_rows
         return source, row_of(seed=self.seed, source=source, count=count, num_rows=num_rows)
 
     def passes(self, i: int) -> list[float]:
-        """How often each source has been read once i samples were seen."""
+        """Passes over each source after i samples."""
         counts = self.mixture.counts(i)
         return [count / stream.num_rows for count, stream in zip(counts, self.streams, strict=True)]
 
@@ -87,14 +102,13 @@ class Samples(Dataset[Batch]):
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """The samples at these positions as one batch [positions, sequence_length]; a DataLoader asks for this."""
-        places_of = [self.locate(i) for i in positions]
-        rows = [self.streams[source].row(row) for source, row in places_of]
+        rows = [self.streams[source].row(row) for source, row in map(self.locate, positions)]
         length = self.streams[0].sequence_length
-        return make_batch(rows, length, eos_id=self.eos_id, document_mask=self.document_mask)
+        return self.make_batch(rows, length, eos_id=self.eos_id, document_mask=self.document_mask)
 
 
 class Positions:
-    """The endless lists of positions that one rank reads, a micro-batch each, from update to update."""
+    """The endless lists of positions that one process reads, one list per micro-batch, update after update."""
 
     def __init__(
         self, *, start: int, global_batch_size: int, batch_size: int, process_index: int, num_processes: int
@@ -110,7 +124,8 @@ class Positions:
         self.at_once = at_once
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Micro-batch m of an update at s begins at s + (m * world + rank) * B, and updates lie end to end.
+        # Micro-batch m of an update at s begins at s + (m * num_processes + process_index) * B; the next update
+        # follows without a gap.
         first = self.first
         while True:
             yield list(range(first, first + self.batch_size))
@@ -128,11 +143,11 @@ def micro_batches(
     num_workers: int,
     pin_memory: bool = False,
 ) -> Generator[list[Batch], None, None]:
-    """Endless: for each update from sample `start` on, the list of this rank's micro-batches [B, sequence_length].
+    """Endless: for each update from sample `start` on, this process's list of micro-batches [B, sequence_length].
 
-    Micro-batch m of rank r holds the samples start + (m * num_processes + r) * B .. + B. What is in it depends on
-    neither num_workers nor the world size. The workers end when the iterator is closed or dropped. Raises ValueError,
-    at once, if the global batch does not divide.
+    Micro-batch m of process p holds the samples start + (m * num_processes + p) * B .. + B, whatever num_workers is.
+    The workers end when the iterator is closed or dropped. Raises ValueError at once if the global batch does not
+    divide.
     """
     positions = Positions(
         start=start,
@@ -141,35 +156,33 @@ def micro_batches(
         process_index=process_index,
         num_processes=num_processes,
     )
-    num_micro_batches = global_batch_size // positions.at_once
-    return grouped(loader_of(samples, positions, num_workers, pin_memory), num_micro_batches)
+    loader: DataLoader[Batch] = DataLoader(
+        samples,
+        batch_sampler=cast("Iterator[list[int]]", positions),
+        num_workers=num_workers,
+        collate_fn=unchanged,  # a batch is already one: `Samples.__getitems__`
+        pin_memory=pin_memory,
+        worker_init_fn=outlive_stop,
+        generator=torch.Generator(),  # else the loader would draw from torch's global generator, and advance it
+    )
+    return grouped(loader, global_batch_size // positions.at_once)
 
 
 def grouped(loader: "DataLoader[Batch]", size: int) -> Generator[list[Batch], None, None]:
+    """The batches of a loader in lists of `size`. A generator, so that `micro_batches` itself raises at once."""
     batches = iter(loader)
     while True:
         yield [next(batches) for _ in range(size)]
 
 
-def loader_of(samples: Samples, positions: Positions, num_workers: int, pin_memory: bool) -> "DataLoader[Batch]":
-    return DataLoader(
-        samples,
-        batch_sampler=cast("Iterator[list[int]]", positions),
-        num_workers=num_workers,
-        collate_fn=same,
-        pin_memory=pin_memory,
-        worker_init_fn=outlive_stop,
-        generator=torch.Generator(),  # else the loader would draw from, and so move on, torch's global one
-    )
-
-
 def outlive_stop(_: int) -> None:
-    """In a reader: when a launcher ends the whole group of a rank, its readers last until the rank has ended in order.
+    """Set up a reader process to survive SIGTERM for READER_GRACE_S, until its training process has ended in order.
 
-    torch would let a reader die of a SIGTERM at once, and the rank of the death of its reader.
+    A launcher sends SIGTERM to the whole process group. By default a reader would die of it at once, and the training
+    process of the death of its reader.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(READER_GRACE_S))
 
 
-def same(batch: Any) -> Any:
+def unchanged(batch: Any) -> Any:
     return batch

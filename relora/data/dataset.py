@@ -1,19 +1,20 @@
 """Prepared data: a folder with a manifest, opened."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from relora.config.schema import DataSection
-from relora.data.batches import IGNORED_LABEL, NO_TOKENS, Batch, Samples, make_batch
+from relora.data.batches import IGNORED_LABEL, NO_TOKENS, Batch, MakeBatch, Samples, make_batch
 from relora.data.manifest import MANIFEST, Manifest, StreamRecord, read_manifest
 from relora.data.mixture import Mixture
 from relora.data.token_stream import TokenStream
-from relora.errors import UserError
+from relora.errors import UserError, raise_if_any
 
 TOKENIZER_FOLDER = "tokenizer"
 Side = Literal["train", "eval"]
@@ -21,13 +22,13 @@ Side = Literal["train", "eval"]
 
 @dataclass(frozen=True)
 class PreparedData:
-    """Complete prepared data. Ranks on different nodes hold the same if manifest.content_hash is equal."""
+    """Complete prepared data. Processes on different nodes hold the same if manifest.content_hash is equal."""
 
     folder: Path
     manifest: Manifest
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that made the tokens."""
+        """The tokenizer of these tokens."""
         return AutoTokenizer.from_pretrained(str(self.folder / TOKENIZER_FOLDER))
 
     def streams(self, side: Side, sequence_length: int) -> list[TokenStream]:
@@ -35,23 +36,23 @@ class PreparedData:
         return [TokenStream(self.folder, record, sequence_length) for record in self.records(side)]
 
     def records(self, side: Side) -> list[StreamRecord]:
+        """One record per source."""
         return [source.train if side == "train" else source.eval for source in self.manifest.sources]
 
-    def samples(self, data: DataSection, seed: int) -> Samples:
+    def samples(self, data: DataSection, seed: int, *, make_batch: MakeBatch = make_batch) -> Samples:
         """The training samples in the order of `seed`. Raises UserError if there is too little data."""
-        problems = amount_problems(self, data)
-        if problems:
-            raise UserError(problems)
+        raise_if_any(amount_problems(self, data))
         return Samples(
             self.streams("train", data.sequence_length),
             Mixture.of([source.weight for source in data.sources]),
             seed=seed,
             eos_id=self.manifest.eos_token_id,
             document_mask=data.document_mask,
+            make_batch=make_batch,
         )
 
     def summary(self) -> str:
-        """A line for each source, and one for the tokenizer, to be shown to the user."""
+        """A line for each source and one for the tokenizer, for the user."""
         lines = [f"prepared data in {self.folder} (content {self.manifest.content_hash[:12]})"]
         for source in self.manifest.sources:
             skipped = f", skipped {source.skipped_nulls} null and {source.skipped_empty} empty texts"
@@ -72,7 +73,7 @@ def open_prepared(folder: Path) -> PreparedData:
 
 
 def amount_problems(prepared: PreparedData, data: DataSection) -> list[str]:
-    """A line for each source too small for one training row, and one if nothing can be evaluated."""
+    """A line for each source too small for one training row, and one if there is too little to evaluate on."""
     length = data.sequence_length
     problems = [
         f"data.sources[{number}] ({data.sources[number].path}): {record.tokens} training tokens, fewer than one row of "
@@ -92,9 +93,9 @@ def amount_problems(prepared: PreparedData, data: DataSection) -> list[str]:
 
 
 def held_out_rows(prepared: PreparedData, data: DataSection) -> list[tuple[int, int]]:
-    """(source, row) of every row to evaluate on: the first ones of each source, shares by weight.
+    """(source, row) of every row to evaluate on: the first ones of each source, in proportion to the weights.
 
-    At most eval_tokens tokens in all, and at least one row; a source that has too few gives what it has.
+    At most eval_tokens tokens in total, and at least one row; a source with too few rows gives all it has.
     """
     available = [stream.num_rows for stream in prepared.streams("eval", data.sequence_length)]
     most = max(1, data.eval_tokens // data.sequence_length)
@@ -106,12 +107,18 @@ def held_out_rows(prepared: PreparedData, data: DataSection) -> list[tuple[int, 
 
 
 def eval_batches(
-    prepared: PreparedData, data: DataSection, *, batch_size: int, process_index: int = 0, num_processes: int = 1
+    prepared: PreparedData,
+    data: DataSection,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    num_processes: int = 1,
+    make_batch: MakeBatch = make_batch,
 ) -> Iterator[Batch]:
-    """This rank's share of the held-out rows, in batches [batch_size, sequence_length].
+    """The held-out rows of this process, in batches [batch_size, sequence_length].
 
-    The shares are disjoint and together the whole set. Every rank gets equally many batches, for a sharded model's
-    forward is a collective; what is missing at the end is filled with rows without labels.
+    Every row goes to exactly one process. All processes get the same number of batches, since the forward pass of a
+    sharded model is a collective; the last ones are filled up with rows without labels.
     """
     streams = prepared.streams("eval", data.sequence_length)
     places = held_out_rows(prepared, data)
@@ -128,24 +135,47 @@ def eval_batches(
 
 
 def probe_batch(
-    prepared: PreparedData, data: DataSection, *, batch_size: int, process_index: int = 0, num_processes: int = 1
+    prepared: PreparedData,
+    data: DataSection,
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    num_processes: int = 1,
+    make_batch: MakeBatch = make_batch,
 ) -> Batch:
-    """One fixed batch: this rank's first of the held-out set."""
+    """One fixed batch: the first held-out one of this process."""
     return next(
-        eval_batches(prepared, data, batch_size=batch_size, process_index=process_index, num_processes=num_processes)
+        eval_batches(
+            prepared,
+            data,
+            batch_size=batch_size,
+            process_index=process_index,
+            num_processes=num_processes,
+            make_batch=make_batch,
+        )
     )
 
 
-def unigram_entropy(prepared: PreparedData, data: DataSection) -> float:
-    """Nats: the loss on the held-out labels of the best model that ignores all context, fitted to those labels.
+def unigram_entropy(
+    prepared: PreparedData,
+    data: DataSection,
+    *,
+    targets: Callable[[Batch], Tensor],
+    make_batch: MakeBatch = make_batch,
+) -> float:
+    """Held-out loss, in nats, of the best model that ignores all context: the entropy of the scored labels.
 
-    Exactly the labels that are scored: labels[:, 1:] without NOT_A_LABEL. nan if there are none.
+    Args:
+        targets: the labels of a batch that are scored, of any shape, IGNORED_LABEL where there is none.
+
+    Returns:
+        nan if there are no labels.
     """
     counts = np.zeros(prepared.manifest.vocab_size, dtype=np.int64)
-    for batch in eval_batches(prepared, data, batch_size=16):
-        labels = batch["labels"][:, 1:].numpy()
+    for batch in eval_batches(prepared, data, batch_size=16, make_batch=make_batch):
+        labels = targets(batch).numpy()
         counts += np.bincount(labels[labels != IGNORED_LABEL], minlength=len(counts))
     if not counts.any():
         return float("nan")
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * np.log(shares)).sum())
+    frequencies = counts[counts > 0] / counts.sum()
+    return float(-(frequencies * np.log(frequencies)).sum())

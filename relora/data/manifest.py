@@ -1,4 +1,4 @@
-"""`manifest.json`: what a folder of prepared data holds. Written last: where it is, the data are complete."""
+"""`manifest.json`: the content of a folder of prepared data. Written last, so that its presence means complete data."""
 
 import json
 from pathlib import Path
@@ -35,6 +35,8 @@ class StreamRecord(Record):
 
 
 class SourceRecord(Record):
+    """One source: its section of the configuration without the weight, and both sides of the split."""
+
     spec: dict[str, Any]
     train: StreamRecord
     eval: StreamRecord
@@ -43,7 +45,12 @@ class SourceRecord(Record):
 
 
 class Manifest(Record):
-    """content_hash is of the tokens and the documents' borders alone: it is the same on every node."""
+    """The content of the folder.
+
+    Attributes:
+        content_hash: of the tokens and the borders of the documents, the same on every node.
+        made_from: the cache key.
+    """
 
     format_version: int
     content_hash: str
@@ -56,11 +63,12 @@ class Manifest(Record):
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Mark the data in the folder as complete."""
     write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of complete data, None if there is none. Raises UserError if it is not ours or files are missing."""
+    """The manifest of complete data, None if there is none. Raises UserError if it is damaged or files are missing."""
     path = folder / MANIFEST
     if not path.exists():
         return None
@@ -77,6 +85,7 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 
 def check_present(folder: Path, manifest: Manifest) -> None:
+    """Raise UserError unless every file of the manifest is there in its full size."""
     files = [file for source in manifest.sources for stream in (source.train, source.eval) for file in stream.files]
     for file in files:
         path = folder / file.name
@@ -87,6 +96,7 @@ def check_present(folder: Path, manifest: Manifest) -> None:
 
 
 def read_json(path: Path) -> Any:
+    """The JSON value of a file of ours. Raises UserError if it is damaged."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:

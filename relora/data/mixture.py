@@ -82,7 +82,13 @@ def slots(*, x: int, unit: int, period: int, slack: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Which source each sample comes from. owners, before: [period]; units: [sources]."""
+    """The source of each sample, periodic in the sample number.
+
+    Attributes:
+        units: [sources], samples of each source in one period.
+        owners: [period], the source of each slot.
+        before: [period], the number of earlier slots of the same source.
+    """
 
     units: tuple[int, ...]
     owners: np.ndarray
@@ -98,13 +104,13 @@ class Mixture:
         return cls(units, owners, before)
 
     def locate(self, i: int) -> tuple[int, int]:
-        """Sample i -> (its source, how many samples before i came from that source)."""
+        """Sample i -> (its source, the number of samples before i from that source)."""
         period, slot = divmod(i, len(self.owners))
         source = int(self.owners[slot])
         return source, period * self.units[source] + int(self.before[slot])
 
     def counts(self, i: int) -> list[int]:
-        """How many of the first i samples come from each source."""
+        """The number of the first i samples that come from each source."""
         period, slot = divmod(i, len(self.owners))
         rest = np.bincount(self.owners[:slot], minlength=len(self.units))
         return [period * unit + int(more) for unit, more in zip(self.units, rest, strict=True)]
@@ -119,6 +125,7 @@ def mix(x: int) -> int:
 
 @lru_cache(maxsize=1024)
 def round_keys(seed: int, source: int, passed: int) -> tuple[int, ...]:
+    """The keys of the Feistel rounds for one pass over one source."""
     digest = hashlib.sha256(f"order/{seed}/{source}/{passed}".encode()).digest()
     start = int.from_bytes(digest[:8], "big")
     step = int.from_bytes(digest[8:16], "big") | 1
@@ -126,7 +133,7 @@ def round_keys(seed: int, source: int, passed: int) -> tuple[int, ...]:
 
 
 def permuted(index: int, n: int, keys: tuple[int, ...]) -> int:
-    """Where a permutation of [0, n) takes index. The domain a*b has fewer than sqrt(n) + 1 points beyond n."""
+    """The image of `index` under a keyed permutation of [0, n), on a domain a*b < n + sqrt(n) + 1."""
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)
     while True:
@@ -135,11 +142,11 @@ def permuted(index: int, n: int, keys: tuple[int, ...]) -> int:
             left = (left + mix(keys[number] ^ right)) % a
             right = (right + mix(keys[number + 1] ^ left)) % b
         index = left * b + right
-        if index < n:  # else walk on along the cycle, which leads back into [0, n)
+        if index < n:  # else follow the cycle, which returns to [0, n)
             return index
 
 
 def row_of(*, seed: int, source: int, count: int, num_rows: int) -> int:
-    """The row that a source's sample number `count` reads: every row once in each pass."""
+    """The row of a source's sample number `count`: every row once per pass, in an order of its own."""
     passed, index = divmod(count, num_rows)
     return permuted(index, num_rows, round_keys(seed, source, passed))

@@ -2,8 +2,9 @@
 
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
@@ -12,7 +13,7 @@ from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from relora.config.schema import DataSection
-from relora.data.cache_key import Recipe, check_same, checked_tokenizer, folder_of, recipe_of
+from relora.data.cache_key import CacheKey, cache_key_of, folder_of, key_problems
 from relora.data.dataset import TOKENIZER_FOLDER, PreparedData, open_prepared
 from relora.data.manifest import (
     FORMAT_VERSION,
@@ -23,15 +24,35 @@ from relora.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from relora.data.sources import TEXT, load_sources
+from relora.data.sources import TEXT, Source, find_sources, load_sources
 from relora.data.tokenize import TOKENS_FOLDER, Encoding, content_hash, num_pieces, usable_cores, write_stream
-from relora.data.tokenizer import num_ids, tokenizer_hash, train_tokenizer
-from relora.errors import UserError
+from relora.data.tokenizer import given_tokenizer, num_ids, tokenizer_hash, train_tokenizer
+from relora.errors import UserError, raise_if_any
 from relora.files import sync, write_json
 
 LOCK = ".lock"
 UNFINISHED = "unfinished.json"
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Everything that decides the tokens, checked, and the folder to write them to.
+
+    Attributes:
+        tokenizer: None: a byte-level BPE of `vocab_size` entries is trained.
+    """
+
+    data: DataSection
+    sources: Sequence[Source]
+    tokenizer: PreTrainedTokenizerBase | None
+    vocab_size: int
+    key: CacheKey
+    folder: Path
+
+    @property
+    def num_proc(self) -> int:
+        return self.data.num_proc or usable_cores()
 
 
 def prepare(
@@ -42,34 +63,43 @@ def prepare(
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> PreparedData:
-    """The prepared data of this configuration, made now unless they are there. A killed call is taken up again.
+    """The prepared data of this configuration, written now unless they exist. A killed preparation is resumed.
 
-    vocab_size: of the model; tokenizer: hub id or folder, None to train a byte-level BPE of vocab_size. Raises
-    UserError.
+    Args:
+        vocab_size: of the model.
+        tokenizer: hub id or folder; None: train a byte-level BPE of vocab_size entries.
+
+    Raises:
+        UserError: all that is wrong with the sources and the tokenizer.
     """
-    given = checked_tokenizer(data, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
-    recipe = recipe_of(data, given, vocab_size)
-    folder = folder_of(data, recipe)
-    if not is_complete(folder, recipe):
-        with lock_of(folder), progress_bars(shown=not quiet):
-            if not is_complete(folder, recipe):  # another process may have been first
-                write_prepared(folder, data, recipe, given, vocab_size=vocab_size, quiet=quiet)
-    return open_prepared(folder)
+    wanted = check_inputs(data, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    if not is_complete(wanted):
+        with lock_of(wanted.folder), progress_bars(shown=not quiet):
+            if not is_complete(wanted):  # another process may have been first
+                write_prepared(wanted, quiet=quiet)
+    return open_prepared(wanted.folder)
 
 
 def find_prepared(
     data: DataSection, *, vocab_size: int, tokenizer: str | None, trust_remote_code: bool = False
 ) -> PreparedData | None:
-    """What `prepare` would return, if it is already there; reads no data. Raises UserError as `prepare` does."""
-    given = checked_tokenizer(data, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
-    recipe = recipe_of(data, given, vocab_size)
-    folder = folder_of(data, recipe)
-    return open_prepared(folder) if is_complete(folder, recipe) else None
+    """What `prepare` would return if it exists already; reads no data. Raises UserError as `prepare` does."""
+    wanted = check_inputs(data, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    return open_prepared(wanted.folder) if is_complete(wanted) else None
+
+
+def check_inputs(data: DataSection, *, vocab_size: int, tokenizer: str | None, trust_remote_code: bool) -> Preparation:
+    """The sources and the tokenizer, and where their tokens belong. Raises UserError with all that is wrong."""
+    sources, problems = find_sources(data)
+    given, more = given_tokenizer(data, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    raise_if_any([*problems, *more])
+    key = cache_key_of(data, sources, given, vocab_size)
+    return Preparation(data, sources, given, vocab_size, key, folder_of(data, key))
 
 
 @contextmanager
 def lock_of(folder: Path) -> Iterator[None]:
-    """Only one process at a time prepares a folder; the others wait here, and then find it complete."""
+    """Let one process at a time prepare a folder; the others wait here, and then find it complete."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
@@ -86,14 +116,15 @@ def lock_of(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def is_complete(folder: Path, recipe: Recipe) -> bool:
-    """Whether the folder holds just this. Raises UserError if it holds something else, finished or not."""
+def is_complete(wanted: Preparation) -> bool:
+    """Whether the folder holds these data. Raises UserError if it holds something else, finished or not."""
+    folder = wanted.folder
     manifest = read_manifest(folder)
     if manifest is not None:
-        check_same(folder, manifest.made_from, recipe)
+        raise_if_any(key_problems(folder, manifest.made_from, wanted.key))
         return True
     if (folder / UNFINISHED).exists():
-        check_same(folder, read_json(folder / UNFINISHED)["made_from"], recipe)
+        raise_if_any(key_problems(folder, read_json(folder / UNFINISHED)["made_from"], wanted.key))
     elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         raise UserError(
             [f"data.prepared_dir = {str(folder)!r}: holds other files and no {MANIFEST}; choose an empty folder"]
@@ -101,97 +132,89 @@ def is_complete(folder: Path, recipe: Recipe) -> bool:
     return False
 
 
-def write_prepared(
-    folder: Path,
-    data: DataSection,
-    recipe: Recipe,
-    given: PreTrainedTokenizerBase | None,
-    *,
-    vocab_size: int,
-    quiet: bool,
-) -> None:
-    num_proc = data.num_proc or usable_cores()
-    sources = load_sources(data, num_proc)
-    pieces = pieces_of(folder, recipe, sources, num_proc)
-    tokenizer = given or trained_tokenizer(folder, data, sources, vocab_size=vocab_size, quiet=quiet)
+def write_prepared(wanted: Preparation, *, quiet: bool) -> None:
+    """Write the tokenizer, the tokens of every source, and last the manifest. Finished files are reused."""
+    folder, data = wanted.folder, wanted.data
+    sources = load_sources(wanted.sources, data.text_field, wanted.num_proc)
+    pieces = pieces_of(wanted, sources)
+    tokenizer = wanted.tokenizer or trained_tokenizer(wanted, sources, quiet=quiet)
     save_tokenizer(tokenizer, folder)
     encoding = Encoding.of(tokenizer, data.eval_fraction)
     records = tuple(
-        write_source(folder, number, data, source, encoding, num_pieces=pieces[number])
+        write_source(wanted, number, source, encoding, num_pieces=pieces[number])
         for number, source in enumerate(sources)
     )
     remove_leftovers(folder, records)
-    write_manifest(folder, manifest_of(folder, recipe, tokenizer, encoding, records))
+    write_manifest(folder, manifest_of(wanted, tokenizer, encoding, records))
     (folder / UNFINISHED).unlink()
 
 
-def pieces_of(folder: Path, recipe: Recipe, sources: list[Dataset], num_proc: int) -> list[int]:
-    """In how many pieces each source is written; kept, so that a later call finds the finished ones."""
-    path = folder / UNFINISHED
+def pieces_of(wanted: Preparation, sources: list[Dataset]) -> list[int]:
+    """The number of pieces of each source, recorded so that a resumed preparation finds the finished ones."""
+    path = wanted.folder / UNFINISHED
     if not path.exists():
-        pieces = [num_pieces(source, num_proc) for source in sources]
-        write_json(path, {"made_from": recipe, "num_pieces": pieces})
+        pieces = [num_pieces(source, wanted.num_proc) for source in sources]
+        write_json(path, {"made_from": wanted.key, "num_pieces": pieces})
     return [int(pieces) for pieces in read_json(path)["num_pieces"]]
 
 
-def trained_tokenizer(
-    folder: Path, data: DataSection, sources: list[Dataset], *, vocab_size: int, quiet: bool
-) -> PreTrainedTokenizerBase:
-    """Trained now, unless an earlier call did."""
-    saved = folder / TOKENIZER_FOLDER
+def trained_tokenizer(wanted: Preparation, sources: list[Dataset], *, quiet: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of an earlier, killed preparation, or one trained now."""
+    saved = wanted.folder / TOKENIZER_FOLDER
     if saved.exists():
         return PreTrainedTokenizerFast.from_pretrained(str(saved))
-    return train_tokenizer(sources, vocab_size=vocab_size, eval_fraction=data.eval_fraction, quiet=quiet)
+    return train_tokenizer(sources, vocab_size=wanted.vocab_size, eval_fraction=wanted.data.eval_fraction, quiet=quiet)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    saved, unfinished = folder / TOKENIZER_FOLDER, folder / f"{TOKENIZER_FOLDER}.tmp"
+    """Write the tokenizer's folder atomically, unless it exists."""
+    saved, draft = folder / TOKENIZER_FOLDER, folder / f"{TOKENIZER_FOLDER}.tmp"
     if saved.exists():
         return
-    shutil.rmtree(unfinished, ignore_errors=True)
-    tokenizer.save_pretrained(str(unfinished))
-    for path in unfinished.iterdir():
+    shutil.rmtree(draft, ignore_errors=True)
+    tokenizer.save_pretrained(str(draft))
+    for path in draft.iterdir():
         sync(path)
-    unfinished.replace(saved)
+    draft.replace(saved)
 
 
 def write_source(
-    folder: Path, number: int, data: DataSection, source: Dataset, encoding: Encoding, *, num_pieces: int
+    wanted: Preparation, number: int, source: Dataset, encoding: Encoding, *, num_pieces: int
 ) -> SourceRecord:
     """Both sides of one source, in the files tokens/NN-train-*.arrow and NN-eval-*.arrow."""
-    spec = data.sources[number]
+    section = wanted.data.sources[number]
     sides = {
         side: write_stream(
             source,
-            folder,
+            wanted.folder,
             encoding,
             name=f"{number:02d}-{side}",
             held_out=side == "eval",
             num_pieces=num_pieces,
-            num_proc=data.num_proc,
-            title=f"{spec.path}, {side}",
+            num_proc=wanted.data.num_proc,
+            title=f"{section.path}, {side}",
         )
         for side in ("train", "eval")
     }
     nulls = source.data.column(TEXT).null_count
     empty = len(source) - nulls - sum(record.documents for record in sides.values())
     if nulls:
-        logger.warning("data.sources[%d] (%s): skipped %d rows without a text", number, spec.path, nulls)
-    return SourceRecord(spec=spec.model_dump(exclude={"weight"}), **sides, skipped_nulls=nulls, skipped_empty=empty)
+        logger.warning("data.sources[%d] (%s): skipped %d rows without a text", number, section.path, nulls)
+    return SourceRecord(spec=section.model_dump(exclude={"weight"}), **sides, skipped_nulls=nulls, skipped_empty=empty)
 
 
 def manifest_of(
-    folder: Path,
-    recipe: Recipe,
+    wanted: Preparation,
     tokenizer: PreTrainedTokenizerBase,
     encoding: Encoding,
     records: tuple[SourceRecord, ...],
 ) -> Manifest:
+    """The manifest of the files that `records` describe."""
     return Manifest.model_validate(
         {
             "format_version": FORMAT_VERSION,
-            "content_hash": content_hash(folder, records),
-            "made_from": recipe,
+            "content_hash": content_hash(wanted.folder, records),
+            "made_from": wanted.key,
             "tokenizer_hash": tokenizer_hash(tokenizer),
             "vocab_size": num_ids(tokenizer),
             "token_dtype": encoding.dtype,
@@ -202,7 +225,7 @@ def manifest_of(
 
 
 def remove_leftovers(folder: Path, records: tuple[SourceRecord, ...]) -> None:
-    """Files of killed calls, and those without a document."""
+    """Delete files of killed preparations, and those without a document."""
     wanted = {file.name for record in records for side in (record.train, record.eval) for file in side.files}
     for path in (folder / TOKENS_FOLDER).iterdir():
         if f"{TOKENS_FOLDER}/{path.name}" not in wanted:
@@ -211,7 +234,7 @@ def remove_leftovers(folder: Path, records: tuple[SourceRecord, ...]) -> None:
 
 @contextmanager
 def progress_bars(*, shown: bool) -> Iterator[None]:
-    """The bars of `datasets` are a setting of the process: set here, then as they were."""
+    """Show or hide the bars of `datasets`, a setting of the process, which is restored afterwards."""
     hidden_before = datasets.are_progress_bars_disabled()
     if not shown:
         datasets.disable_progress_bars()

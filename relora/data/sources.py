@@ -1,9 +1,23 @@
-"""A source of the configuration -> a `datasets.Dataset` with one column `text`."""
+"""Kinds of sources: an entry of `data.sources` -> a `datasets.Dataset` with one column `text`.
+
+A kind of your own is a subclass of `Source`, or a function from the section to one, named in the configuration by
+`path: module:attribute`.
+"""
 
 import difflib
 import glob
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+import platform
+import re
+import sysconfig
+import tokenize
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow as pa
@@ -11,78 +25,274 @@ from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
 from relora.config.schema import DataSection, SourceSection
-from relora.data.local_files import (
-    STDLIB,
-    LocalFiles,
-    find_files,
-    is_configured_folder,
-    is_local,
-    split_names,
-    stdlib_texts,
-)
-from relora.errors import UserError, raise_if_any
+from relora.data.local_files import LocalFiles, find_files, is_local, split_names
+from relora.errors import raise_if_any
+from relora.method.registry import CUSTOM, resolve
 
 TEXT = "text"
-# What reading someone's files or asking the hub raises; bugs (TypeError, KeyError, ...) pass through.
+# What reading files or asking the hub may raise; bugs (TypeError, KeyError, ...) pass through.
 READING_ERRORS = (DatasetsError, ValueError, OSError, pa.ArrowException)
 
 
-def load_sources(data: DataSection, num_proc: int) -> list[Dataset]:
-    """One data set per source, in their order. Raises UserError with the problems of all of them."""
-    loaded, problems = [], []
-    for number, source in enumerate(data.sources):
+class Source(ABC):
+    """The documents of one entry of `data.sources`."""
+
+    def __init__(self, section: SourceSection) -> None:
+        self.section = section
+
+    def problems(self) -> list[str]:
+        """Mistakes that can be seen without reading the documents, such as a missing file."""
+        return []
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What decides which documents `load` gives, as JSON: prepared data are reused while it is the same.
+
+        Raises:
+            ValueError: it cannot be found out, with the reason.
+        """
+
+    @abstractmethod
+    def load(self, text_field: str, num_proc: int) -> Dataset:
+        """The documents in their order, in one column `text`; null where a row has no text.
+
+        Args:
+            text_field: the column that holds the text, `data.text_field`.
+            num_proc: how many processes may read.
+
+        Raises:
+            ValueError: they cannot be read, with the reason.
+        """
+
+
+class StdlibSource(Source):
+    """`python-stdlib`: every *.py file of Python's standard library but its tests, one document each."""
+
+    EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+
+    def problems(self) -> list[str]:
+        problems = [] if self.files else ["this Python came without its sources (*.py)"]
+        if self.section.split != "train":
+            problems.append(f"it has only the split 'train', not {self.section.split!r}")
+        return problems
+
+    def identity(self) -> dict[str, Any]:
+        # Not the times of change: each installation has its own.
+        return {"python": platform.python_version(), **_files_identity(self.files, self.folder, with_mtime=False)}
+
+    def load(self, text_field: str, num_proc: int) -> Dataset:  # noqa: ARG002  # files of code have no columns
+        texts = []
+        for path in self.files:
+            with tokenize.open(path) as file:  # in the encoding that the file declares (PEP 263)
+                texts.append(file.read())
+        return Dataset.from_dict({TEXT: texts})
+
+    @property
+    def folder(self) -> Path:
+        return Path(sysconfig.get_path("stdlib"))
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The files that are not empty, sorted."""
+        return [
+            path
+            for path in sorted(self.folder.rglob("*.py"))
+            if self.EXCLUDED.isdisjoint(path.relative_to(self.folder).parts) and path.stat().st_size
+        ]
+
+
+class LocalFilesSource(Source):
+    """A file, a folder or a glob of parquet, json, jsonl, csv or text files."""
+
+    def problems(self) -> list[str]:
+        return self._found[1]
+
+    def identity(self) -> dict[str, Any]:
+        files = self.files
+        paths = files.of_splits(dict.fromkeys(split_names(self.section.split)))
+        root = Path(os.path.commonpath([path.parent.absolute() for path in paths]))
+        return {
+            "reader": files.reader,
+            "split": self.section.split,
+            **_files_identity(paths, root, with_mtime=True),
+        }
+
+    def load(self, text_field: str, num_proc: int) -> Dataset:
+        files = self.files
+        is_text = files.reader == "text"
+        wanted = {
+            name: [glob.escape(str(path.absolute())) for path in files.by_split[name]]
+            for name in split_names(self.section.split)
+        }
+        processes = min(num_proc, *map(len, wanted.values()))
         try:
-            loaded.append(load_source(source, f"data.sources[{number}]", data.text_field, num_proc))
-        except UserError as error:
-            problems += error.problems
+            loaded = datasets.load_dataset(
+                files.reader,
+                data_files=wanted,
+                split=self.section.split,
+                num_proc=processes if processes > 1 else None,
+                **({"sample_by": "document"} if is_text else {}),
+            )
+        except READING_ERRORS as error:
+            culprit = _unreadable_file(files.of_splits(wanted), files.reader)
+            named = f"{culprit}: " if culprit else ""
+            raise ValueError(f"{named}not readable as {files.reader}: {root_cause(error)}") from error
+        return text_column(loaded, TEXT if is_text else text_field)
+
+    @cached_property
+    def _found(self) -> tuple[LocalFiles | None, list[str]]:
+        return find_files(self.section)
+
+    @property
+    def files(self) -> LocalFiles:
+        """The files of a source without problems."""
+        files, problems = self._found
+        assert files is not None, problems
+        return files
+
+
+class HubSource(Source):
+    """A dataset of the Hugging Face hub, or a local folder with a configuration (`name`) of its own."""
+
+    def __init__(self, section: SourceSection) -> None:
+        super().__init__(section)
+        self.is_folder = is_local(section.path)
+        self.path = str(Path(section.path).expanduser()) if self.is_folder else section.path
+
+    def identity(self) -> dict[str, Any]:
+        # The builder knows its configuration and the commit (hash) without loading the data.
+        builder = self._ask(datasets.load_dataset_builder)
+        return {
+            "path": self.section.path,
+            "split": self.section.split,
+            "config": builder.config_id,
+            "hash": builder.hash,
+        }
+
+    def load(self, text_field: str, num_proc: int) -> Dataset:
+        loaded = self._ask(datasets.load_dataset, split=self.section.split, num_proc=num_proc)
+        return text_column(loaded, text_field)
+
+    def _ask(self, function: Callable[..., Any], **keys: Any) -> Any:
+        """Call a loader of `datasets` for this source; ValueError with the reason if it fails."""
+        try:
+            return function(self.path, self.section.name, revision=self.section.revision, **keys)
+        except READING_ERRORS as error:
+            where = "" if self.is_folder else "no such file or folder here, and the hub gave no such dataset: "
+            raise ValueError(f"{where}{root_cause(error)}") from error
+
+
+# Paths that name a kind of source. Others are local files or hub ids.
+SOURCES: Mapping[str, Callable[[SourceSection], Source]] = {"python-stdlib": StdlibSource}
+
+
+def find_source(section: SourceSection, key: str) -> tuple[Source | None, list[str]]:
+    """The source that a section describes, or None and why a user's own kind cannot be used.
+
+    Args:
+        key: the section's place in the configuration, such as `data.sources[0]`.
+    """
+    if section.path in SOURCES:
+        return SOURCES[section.path](section), []
+    if is_custom(section):
+        return _custom_source(section, f"{key}.path")
+    has_configuration = section.name is not None and Path(section.path).expanduser().is_dir()
+    if is_local(section.path) and not has_configuration:
+        return LocalFilesSource(section), []
+    return HubSource(section), []
+
+
+def _custom_source(section: SourceSection, key: str) -> tuple[Source | None, list[str]]:
+    """The source that a user's class or function makes of the section, or None and the problem."""
+    try:
+        source = resolve(key, section.path, SOURCES)(section)
+    except ValueError as error:
+        reason = str(error)
+        return None, [reason if reason.startswith(key) else f"{key} = {section.path}: {reason}"]
+    except Exception as error:  # a user's own code may raise anything
+        return None, [f"{key} = {section.path}: {root_cause(error)}"]
+    if not isinstance(source, Source):
+        return None, [f"{key} = {section.path}: must make a relora.data.sources.Source, not a {type(source).__name__}"]
+    return source, []
+
+
+def find_sources(data: DataSection) -> tuple[list[Source], list[str]]:
+    """The sources in their order, and all that can be seen to be wrong with them without reading the documents."""
+    sources, problems = [], []
+    for number, section in enumerate(data.sources):
+        key = f"data.sources[{number}]"
+        source, found = find_source(section, key)
+        problems += found
+        if source is not None:
+            sources.append(source)
+            problems += [f"{key}.path = {section.path!r}: {problem}" for problem in source.problems()]
+    return sources, problems
+
+
+def problems(data: DataSection) -> list[str]:
+    """One line for each source that can be seen to be wrong without reading its documents."""
+    return find_sources(data)[1]
+
+
+def load_sources(sources: Sequence[Source], text_field: str, num_proc: int) -> list[Dataset]:
+    """One dataset per source, in their order. Raises UserError with the problems of all of them."""
+    loaded, problems = [], []
+    for number, source in enumerate(sources):
+        try:
+            loaded.append(text_column(source.load(text_field, num_proc), TEXT))
+        except READING_ERRORS as error:
+            problems.append(f"data.sources[{number}].path = {source.section.path!r}: {error}")
     raise_if_any(problems)
     return loaded
 
 
-def load_source(source: SourceSection, key: str, text_field: str, num_proc: int) -> Dataset:
-    """The documents of one source in one column `text`, some perhaps null."""
-    if source.path == STDLIB:
-        return Dataset.from_dict({TEXT: stdlib_texts()})
-    if not is_local(source.path) or is_configured_folder(source):
-        return only_text(load_hub(source, key, num_proc), source, key, text_field)
-    files = find_files(source)
-    column = TEXT if files.reader == "text" else text_field
-    return only_text(load_files(files, source, key, num_proc), source, key, column)
+def is_custom(section: SourceSection) -> bool:
+    """Whether the path is `module:attribute`, and not the name of a file."""
+    return re.fullmatch(CUSTOM, section.path) is not None and not Path(section.path).exists()
 
 
-def load_hub(source: SourceSection, key: str, num_proc: int) -> Dataset:
-    path = str(Path(source.path).expanduser()) if is_local(source.path) else source.path
-    try:
-        return datasets.load_dataset(path, source.name, split=source.split, revision=source.revision, num_proc=num_proc)
-    except READING_ERRORS as error:
-        where = "" if is_local(source.path) else "no such file or folder here, and the hub gave no such data set: "
-        raise UserError([f"{key}.path = {source.path!r}: {where}{root_cause(error)}"]) from error
+def text_column(loaded: Dataset, column: str) -> Dataset:
+    """One column of a dataset under the name `text`. Raises ValueError if it is missing or holds no strings."""
+    if not isinstance(loaded, Dataset):
+        raise ValueError(f"must give a datasets.Dataset, not a {type(loaded).__name__}")
+    if column not in loaded.column_names:
+        close = difflib.get_close_matches(column, loaded.column_names, n=1)
+        hint = f"; nearest is {close[0]!r}" if close else ""
+        raise ValueError(f"data.text_field = {column!r}: it has only the columns {loaded.column_names}{hint}")
+    if loaded.num_rows == 0 or loaded.data.column(column).null_count == loaded.num_rows:
+        raise ValueError(f"no documents ({loaded.num_rows} rows, all without a text)")
+    feature = loaded.features[column]
+    if getattr(feature, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"data.text_field = {column!r}: it holds {feature} there, not strings")
+    texts = loaded.select_columns([column])
+    return texts if column == TEXT else texts.rename_column(column, TEXT)
 
 
-def load_files(files: LocalFiles, source: SourceSection, key: str, num_proc: int) -> Dataset:
-    wanted = {
-        name: [glob.escape(str(path.absolute())) for path in files.by_split[name]] for name in split_names(source.split)
-    }
-    options = {"sample_by": "document"} if files.reader == "text" else {}
-    processes = min(num_proc, *map(len, wanted.values()))
-    try:
-        return datasets.load_dataset(
-            files.reader,
-            data_files=wanted,
-            split=source.split,
-            num_proc=processes if processes > 1 else None,
-            **options,
-        )
-    except READING_ERRORS as error:
-        culprit = broken_file(files.of_splits(wanted), files.reader)
-        named = f"{culprit}: " if culprit else ""
-        raise UserError(
-            [f"{key}.path = {source.path!r}: {named}not readable as {files.reader}: {root_cause(error)}"]
-        ) from error
+def root_cause(error: BaseException) -> str:
+    """The type and the first line of the error that all the others wrap."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def broken_file(files: Sequence[Path], reader: str) -> Path | None:
-    """The file that makes reading fail, None if its beginning does not show it."""
+def digest(content: Any) -> str:
+    """sha256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _files_identity(files: Sequence[Path], root: Path, *, with_mtime: bool) -> dict[str, Any]:
+    """Names below root, sizes and times of change; not the place of root, so that a folder may be mounted elsewhere."""
+    lines = []
+    for path in files:
+        stat = path.stat()
+        name = path.absolute().relative_to(root).as_posix()
+        lines.append([name, stat.st_size, stat.st_mtime_ns if with_mtime else None])
+    return {"num_files": len(files), "bytes": sum(line[1] for line in lines), "files": digest(lines)}
+
+
+def _unreadable_file(files: Sequence[Path], reader: str) -> Path | None:
+    """The file that makes reading fail, None if the beginning of none of them shows it."""
     if len(files) == 1:
         return files[0]
     for path in files:
@@ -96,28 +306,3 @@ def broken_file(files: Sequence[Path], reader: str) -> Path | None:
         except READING_ERRORS:
             return path
     return None
-
-
-def root_cause(error: BaseException) -> str:
-    """The first line of the error that all the others wrap."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def only_text(loaded: Dataset, source: SourceSection, key: str, column: str) -> Dataset:
-    """The column of texts alone, under the name `text`, as strings. Raises UserError if there is none."""
-    if column not in loaded.column_names:
-        close = difflib.get_close_matches(column, loaded.column_names, n=1)
-        hint = f"; nearest is {close[0]!r}" if close else ""
-        raise UserError(
-            [f"data.text_field = {column!r}: {key} ({source.path}) has only the columns {loaded.column_names}{hint}"]
-        )
-    if loaded.num_rows == 0 or loaded.data.column(column).null_count == loaded.num_rows:
-        raise UserError([f"{key}.path = {source.path!r}: no documents ({loaded.num_rows} rows, all without a text)"])
-    feature = loaded.features[column]
-    if getattr(feature, "dtype", None) not in ("string", "large_string"):
-        raise UserError([f"data.text_field = {column!r}: {key} ({source.path}) holds {feature} there, not strings"])
-    texts = loaded.select_columns([column])
-    return texts if column == TEXT else texts.rename_column(column, TEXT)

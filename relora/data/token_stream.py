@@ -1,6 +1,6 @@
 """The token stream of one source and one side of the split: memory-mapped Arrow files, cut into rows.
 
-Nothing is read until a row is asked for, and then that row alone: memory and start-up do not grow with the corpus.
+Only the requested row is read, so that memory and start-up time do not grow with the corpus.
 """
 
 from collections import OrderedDict
@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from relora.data.manifest import StreamRecord
 
-# Each open file costs about a kilobyte per record batch and one mapping, of which a process may have 65530.
-MOST_OPEN_FILES = 256
+# An open file takes about a kilobyte per record batch and one memory mapping, of which a process may have 65530.
+MAX_OPEN_FILES = 256
 
 
 class Row(NamedTuple):
@@ -46,7 +46,7 @@ class TokenFile:
         return sum(len(offsets) - 1 for offsets in self.offsets)
 
     def parts(self, start: int, stop: int) -> Iterator[Row]:
-        """Tokens start..stop of the file, a part from each record batch; the parts' starts count from the part."""
+        """Tokens start..stop of the file, one part per record batch; `starts` count from the beginning of the part."""
         k = int(np.searchsorted(self.ends, start, side="right"))
         while start < stop:
             base = int(self.ends[k]) - len(self.values[k])
@@ -59,7 +59,7 @@ class TokenFile:
 class TokenStream:
     """Rows of `sequence_length` tokens across the borders of documents and files; only the last may be shorter.
 
-    Pickles without its open files, so that it can go to the workers of a DataLoader.
+    Pickled without its open files, so that the workers of a DataLoader open their own.
     """
 
     def __init__(self, folder: Path, record: StreamRecord, sequence_length: int) -> None:
@@ -93,6 +93,7 @@ class TokenStream:
         return Row(tokens, np.concatenate(starts) if len(starts) != 1 else starts[0])
 
     def parts(self, start: int, stop: int) -> Iterator[Row]:
+        """Tokens start..stop of the stream, one part per record batch of each file."""
         k = int(np.searchsorted(self.ends, start, side="right"))
         while start < stop:
             end = min(stop, int(self.ends[k]))
@@ -102,10 +103,10 @@ class TokenStream:
             start, k = end, k + 1
 
     def file(self, k: int) -> TokenFile:
-        """File k, opened if it is not open; the one unused for longest gives way."""
+        """File k, opened if necessary; at most MAX_OPEN_FILES stay open, the least recently used is closed."""
         if k not in self._open:
             self._open[k] = TokenFile(self.folder / self.names[k])
-            if len(self._open) > MOST_OPEN_FILES:
+            if len(self._open) > MAX_OPEN_FILES:
                 self._open.popitem(last=False)
         self._open.move_to_end(k)
         return self._open[k]

@@ -1,8 +1,8 @@
-"""Documents -> Arrow files of token ids, by `datasets`; their records; the hash of their content."""
+"""Documents -> Arrow files of token ids, written by `datasets`; their records and the hash of their content."""
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,42 +21,12 @@ from relora.data.tokenizer import encoder_of, num_ids
 from relora.files import sync
 
 INPUT_IDS = "input_ids"
-
-
-def encode_documents(
-    table: pa.Table, *, encoder: Tokenizer, eos_id: int, dtype: str, eval_fraction: float, held_out: bool
-) -> pa.Table:
-    """The documents of one side of the split: a table of `input_ids` (list of `dtype`), one row a document."""
-    texts = [text for text in table.column(TEXT).to_pylist() if text and is_held_out(text, eval_fraction) == held_out]
-    return pa.table({INPUT_IDS: encode(texts, encoder, eos_id, np.dtype(dtype))})
-
-
-def encode(texts: Sequence[str], encoder: Tokenizer, eos_id: int, dtype: np.dtype) -> pa.ListArray:
-    """Token ids of each text, and EOS after it."""
-    pieces = [list(document_pieces(text)) for text in texts]
-    flat = [piece for document in pieces for piece in document]
-    encodings = iter(encoder.encode_batch_fast(flat, add_special_tokens=False))
-    parts: list[np.ndarray] = []
-    lengths = [0]
-    for document in pieces:
-        ids = [np.asarray(next(encodings).ids, dtype) for _ in document]
-        parts += [*ids, np.asarray([eos_id], dtype)]
-        lengths.append(sum(map(len, ids)) + 1)
-    values = np.concatenate(parts) if parts else np.empty(0, dtype)
-    return pa.ListArray.from_arrays(np.cumsum(lengths, dtype=np.int32), values)
-
-
-def token_dtype(num_ids: int) -> str:
-    """The smallest unsigned integer type that holds every id."""
-    return "uint16" if num_ids <= 2**16 else "uint32"
-
-
 TOKENS_FOLDER = "tokens"
-# A killed preparation loses at most the pieces at work, one per process: some minutes.
+# A killed preparation loses at most the pieces in progress, one per process: some minutes.
 PIECE_BYTES = 256 * 2**20
 BATCH_BYTES = 2 * 2**20
-# Below this a process costs more to start than it does.
-LEAST_BYTES_PER_PROCESS = 2**20
+# With less text than this a further process takes longer to start than it saves.
+MIN_BYTES_PER_PROCESS = 2**20
 
 
 @dataclass(frozen=True)
@@ -70,22 +40,45 @@ class Encoding:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, eval_fraction: float) -> "Encoding":
-        return cls(encoder_of(tokenizer), tokenizer.eos_token_id, token_dtype(num_ids(tokenizer)), eval_fraction)
+        """The encoding of a tokenizer, its ids stored in the smallest unsigned integers that hold them."""
+        dtype = "uint16" if num_ids(tokenizer) <= 2**16 else "uint32"
+        return cls(encoder_of(tokenizer), tokenizer.eos_token_id, dtype, eval_fraction)
+
+
+def encode_documents(
+    table: pa.Table, *, encoder: Tokenizer, eos_id: int, dtype: str, eval_fraction: float, held_out: bool
+) -> pa.Table:
+    """The documents of one side of the split: a table of `input_ids` (list of `dtype`), one row per document."""
+    texts = [text for text in table.column(TEXT).to_pylist() if text and is_held_out(text, eval_fraction) == held_out]
+    return pa.table({INPUT_IDS: encode(texts, encoder, eos_id, np.dtype(dtype))})
+
+
+def encode(texts: Sequence[str], encoder: Tokenizer, eos_id: int, dtype: np.dtype) -> pa.ListArray:
+    """Token ids of each text, followed by EOS.
+
+    Long texts are encoded in pieces, all of them in one call, and put together again.
+    """
+    pieces = [list(document_pieces(text)) for text in texts]
+    flat = [piece for document in pieces for piece in document]
+    encodings = iter(encoder.encode_batch_fast(flat, add_special_tokens=False))
+    parts: list[np.ndarray] = []
+    lengths = [0]
+    for document in pieces:
+        ids = [np.asarray(next(encodings).ids, dtype) for _ in document]
+        parts += [*ids, np.asarray([eos_id], dtype)]
+        lengths.append(sum(map(len, ids)) + 1)
+    values = np.concatenate(parts) if parts else np.empty(0, dtype)
+    return pa.ListArray.from_arrays(np.cumsum(lengths, dtype=np.int32), values)
 
 
 def usable_cores() -> int:
-    """The cores that this process may use, which a cluster's scheduler may have limited."""
+    """The cores that this process may use, which the scheduler of a cluster may have limited."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_pieces(source: Dataset, num_proc: int) -> int:
+    """Pieces to write a source in: of PIECE_BYTES per process, at least one document each."""
     return max(1, min(len(source), -(-int(source.data.nbytes) // (PIECE_BYTES * num_proc))))
-
-
-def num_processes(num_proc: int | None, documents: int, num_bytes: int) -> int:
-    """As many as asked for, else as there are cores and work for; never more than documents."""
-    worth_it = -(-num_bytes // LEAST_BYTES_PER_PROCESS)
-    return max(1, min(num_proc or min(usable_cores(), worth_it), documents))
 
 
 def write_stream(
@@ -99,7 +92,7 @@ def write_stream(
     num_proc: int | None,
     title: str,
 ) -> StreamRecord:
-    """One side of a source in files tokens/NAME-*.arrow; files that are there already are taken as they are."""
+    """Write one side of a source to tokens/NAME-*.arrow, unless the files exist; returns their record."""
     paths: list[Path] = []
     for piece in range(num_pieces):
         part = source.shard(num_pieces, piece, contiguous=True)
@@ -117,8 +110,11 @@ def write_stream(
 def write_piece(
     part: Dataset, path: Path, encoding: Encoding, *, held_out: bool, num_proc: int | None, title: str
 ) -> list[Path]:
+    """Tokenize one piece with `Dataset.map` into `path`, or one file per process named after it; returns the files."""
     num_bytes = part.data.nbytes
-    processes = num_processes(num_proc, len(part), num_bytes)
+    # As many processes as asked for, else as there are cores and work for; never more than documents.
+    worthwhile = min(usable_cores(), -(-num_bytes // MIN_BYTES_PER_PROCESS))
+    processes = max(1, min(num_proc or worthwhile, len(part)))
     with environment_of_workers():
         mapped = part.with_format("arrow").map(
             encode_documents,
@@ -138,7 +134,7 @@ def write_piece(
 
 @contextmanager
 def environment_of_workers() -> Iterator[None]:
-    """Afterwards os.environ is what it was: `Dataset.map` leaves a copy in its place (datasets 5.2)."""
+    """Restore os.environ afterwards: `Dataset.map` leaves a copy in its place (datasets 5.2)."""
     environment = os.environ
     before = environment.get("TOKENIZERS_PARALLELISM")
     try:
@@ -151,6 +147,7 @@ def environment_of_workers() -> Iterator[None]:
 
 
 def file_record(path: Path) -> FileRecord:
+    """The record of a finished file, after it is flushed to disk."""
     sync(path)
     file = TokenFile(path)
     return FileRecord(
@@ -162,18 +159,15 @@ def file_record(path: Path) -> FileRecord:
 
 
 def content_hash(folder: Path, sources: Sequence[SourceRecord]) -> str:
-    """sha256 of the tokens and of the documents' lengths, whatever the files that they stand in."""
+    """sha256 of the tokens and of the documents' lengths, independent of how they are divided into files."""
     whole = hashlib.sha256()
     for source in sources:
         for stream in (source.train, source.eval):
             tokens, lengths = hashlib.sha256(), hashlib.sha256()
-            for file in opened(folder, stream):
+            for record in stream.files:
+                file = TokenFile(folder / record.name)
                 for values, offsets in zip(file.values, file.offsets, strict=True):
                     tokens.update(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
                     lengths.update(np.diff(offsets).astype("<u4").tobytes())
             whole.update(f"{stream.documents} {tokens.hexdigest()} {lengths.hexdigest()}\n".encode())
     return whole.hexdigest()
-
-
-def opened(folder: Path, stream: StreamRecord) -> Iterable[TokenFile]:
-    return (TokenFile(folder / file.name) for file in stream.files)

@@ -10,46 +10,70 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from relora.config.schema import DataSection
 from relora.data.sources import TEXT, root_cause
 from relora.data.split import document_pieces, is_held_out
-from relora.errors import UserError
+from relora.files import looks_like_a_path
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 1  # the bytes and END_OF_TEXT
-# The merges of a byte-level BPE have long settled by then; more text only costs time and memory.
-MOST_TRAINING_BYTES = 4 * 2**30
+# By then the merges of a byte-level BPE no longer change; more text would only cost time and memory.
+MAX_TRAINING_BYTES = 4 * 2**30
 
 
-def load_tokenizer(name: str, *, key: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """A tokenizer from the hub or a folder; `key` is the setting that names it.
+def given_tokenizer(
+    data: DataSection, *, vocab_size: int, tokenizer: str | None, trust_remote_code: bool
+) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
+    """The tokenizer that the configuration names, None if one is to be trained; and the problems.
 
-    Raises:
-        UserError: it cannot serve: it must be there, be fast, and have an EOS.
+    Args:
+        vocab_size: of the model, which has an embedding for so many ids.
+        tokenizer: hub id or folder, of `data.tokenizer` or else of the pretrained model.
     """
-    said, path = f"{key} = {name!r}", Path(name).expanduser()
-    # What cannot be a hub id is not asked for over the network, which takes long where there is none.
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError([f"{said}: there is no such folder"])
+    if tokenizer is None:
+        return None, training_problems(vocab_size)
+    key = "model.name_or_path" if data.tokenizer is None else "data.tokenizer"
+    given, problems = read_tokenizer(tokenizer, key=key, trust_remote_code=trust_remote_code)
+    if given is not None and num_ids(given) > vocab_size:
+        problems.append(
+            f"{key} = {tokenizer!r}: the tokenizer has {num_ids(given)} entries, the model's vocabulary only "
+            f"vocab_size = {vocab_size}"
+        )
+    return given, problems
+
+
+def tokenizer_problems(
+    data: DataSection, *, vocab_size: int, tokenizer: str | None, trust_remote_code: bool = False
+) -> list[str]:
+    """What is wrong with the given tokenizer, or with the vocabulary of the one to be trained."""
+    return given_tokenizer(data, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust_remote_code)[1]
+
+
+def read_tokenizer(
+    name: str, *, key: str, trust_remote_code: bool = False
+) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
+    """A tokenizer from the hub or a folder, or None and why it cannot be used: it must be fast, and have an EOS.
+
+    Args:
+        key: the setting that names it, for the problems.
+    """
+    setting, path = f"{key} = {name!r}", Path(name).expanduser()
+    if looks_like_a_path(name) and not path.exists():
+        return None, [f"{setting}: there is no such folder"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a tokenizer's own code may raise
-        raise UserError([f"{said}: cannot be loaded as a tokenizer: {root_cause(error)}"]) from error
+    except Exception as error:  # a tokenizer's own code may raise anything
+        return None, [f"{setting}: cannot be loaded as a tokenizer: {root_cause(error)}"]
     if not tokenizer.is_fast:
-        raise UserError([f"{said}: a fast tokenizer (tokenizer.json) is required, this is {type(tokenizer).__name__}"])
+        kind = type(tokenizer).__name__
+        return None, [f"{setting}: a fast tokenizer (tokenizer.json) is required, this is {kind}"]
     if tokenizer.eos_token_id is None:
-        raise UserError([f"{said}: has no eos_token, which must end every document"])
-    return tokenizer
+        return None, [f"{setting}: has no eos_token, which must end every document"]
+    return tokenizer, []
 
 
-def check_vocabulary(key: str, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[str]:
-    """A problem if the tokenizer can produce ids that the model has no embedding for."""
-    entries = num_ids(tokenizer)
-    if entries <= vocab_size:
-        return []
-    return [f"{key}: the tokenizer has {entries} entries, the model's vocabulary only vocab_size = {vocab_size}"]
-
-
-def check_trainable(vocab_size: int) -> list[str]:
+def training_problems(vocab_size: int) -> list[str]:
+    """Why no tokenizer of this size can be trained."""
     if vocab_size >= SMALLEST_VOCABULARY:
         return []
     return [
@@ -64,14 +88,14 @@ def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 of all that decides which ids a text becomes, and of the EOS."""
+    """sha256 of everything that decides which ids a text becomes, and of the EOS."""
     content = json.loads(encoder_of(tokenizer).to_str())
     text = json.dumps([content, tokenizer.eos_token_id], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def encoder_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the engine inside, that neither cuts nor pads documents."""
+    """A copy of the `tokenizers` object inside, with truncation and padding off."""
     encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     encoder.no_truncation()
     encoder.no_padding()
@@ -79,7 +103,7 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
 
 
 def train_tokenizer(sources: Iterable[Dataset], *, vocab_size: int, eval_fraction: float, quiet: bool) -> Any:
-    """A byte-level BPE as GPT-2's, the same for the same documents; the held-out ones are not looked at."""
+    """A byte-level BPE as in GPT-2, trained deterministically on the documents that are not held out."""
     encoder = Tokenizer(models.BPE())
     encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     encoder.decoder = decoders.ByteLevel()
@@ -96,8 +120,8 @@ def train_tokenizer(sources: Iterable[Dataset], *, vocab_size: int, eval_fractio
 
 
 def training_texts(sources: list[Dataset], eval_fraction: float) -> Iterator[list[str]]:
-    """The training documents in batches, thinned evenly where there are more than MOST_TRAINING_BYTES."""
-    stride = -(-sum(source.data.nbytes for source in sources) // MOST_TRAINING_BYTES)
+    """The training documents in batches, thinned evenly where there are more than MAX_TRAINING_BYTES."""
+    stride = -(-sum(source.data.nbytes for source in sources) // MAX_TRAINING_BYTES)
     for source in sources:
         documents = source.select(range(0, len(source), stride)) if stride > 1 else source
         for batch in documents.iter(batch_size=256):

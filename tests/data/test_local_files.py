@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from relora.data import prepare, problems
-from relora.data.local_files import stdlib_files
+from relora.data.sources import StdlibSource
 from relora.errors import UserError
 
 
@@ -114,7 +114,7 @@ def test_hub_out_of_reach(config, monkeypatch):
     assert "data.sources[0].path = 'nobody/nothing': no such file or folder here" in line
 
 
-def test_stdlib_is_sorted_and_without_tests():
-    files = stdlib_files()
+def test_stdlib_is_sorted_and_without_tests(config):
+    files = StdlibSource(config("python-stdlib").sources[0]).files
     assert len(files) > 300 and list(files) == sorted(files)
     assert not [path for path in files if {"test", "tests", "idle_test", "site-packages"} & set(path.parts)]

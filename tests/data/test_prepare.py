@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from relora.data import amount_problems, find_prepared, open_prepared, prepare
-from relora.data import local_files as stdlib
 from relora.data import tokenize as writing
+from relora.data.sources import StdlibSource
 from relora.data.split import is_held_out
 from relora.errors import UserError
 
@@ -211,11 +211,11 @@ def test_a_killed_preparation_goes_on_with_finished_pieces(two_sources):
 SLOW = """
 import time, pathlib
 write_prepared = p.write_prepared
-def slowly(folder, *args, **keys):
-    with open(folder.parent / "log", "a") as log:
+def slowly(wanted, **keys):
+    with open(wanted.folder.parent / "log", "a") as log:
         log.write("wrote\\n")
     time.sleep(1.5)
-    write_prepared(folder, *args, **keys)
+    write_prepared(wanted, **keys)
 p.write_prepared = slowly
 """
 
@@ -243,8 +243,8 @@ def test_too_little_data_says_how_much_there_is(tmp_path, write, config, prepare
 
 def test_the_default_source_needs_nothing(config, prepared_of, monkeypatch):
     """A piece of the standard library, for speed."""
-    monkeypatch.setattr(stdlib, "stdlib_texts", lambda: [p.read_text() for p in stdlib.stdlib_files()[:30]])
-    monkeypatch.setattr("relora.data.sources.stdlib_texts", stdlib.stdlib_texts)
+    few = StdlibSource(config("python-stdlib").sources[0]).files[:30]
+    monkeypatch.setattr(StdlibSource, "files", few)
     began = time.monotonic()
     prepared = prepared_of(config("python-stdlib"))
     assert prepared.manifest.sources[0].train.tokens > 10_000 and time.monotonic() - began < 20

@@ -39,7 +39,7 @@ def test_rows_hold_every_token_once_across_all_borders(prepared, length):
 
 
 def test_files_open_lazily_and_not_too_many_stay_open(prepared, monkeypatch):
-    monkeypatch.setattr(tokens_module, "MOST_OPEN_FILES", 2)
+    monkeypatch.setattr(tokens_module, "MAX_OPEN_FILES", 2)
     stream = prepared.streams("train", 32)[0]
     assert not stream._open
     stream.row(0)

@@ -544,13 +544,13 @@ DATA = {
     "source without the text field": Case(
         [sources("column.jsonl")],
         [
-            "data.text_field = 'text': data.sources<...>0<...>(column.jsonl) has only the columns ['texts']; "
+            "data.sources<...>0<...>column.jsonl<...>: data.text_field = 'text': it has only the columns ['texts']; "
             "nearest is 'texts'"
         ],
     ),
     "text field that holds numbers": Case(
         [sources("numbers.jsonl")],
-        ["data.text_field = 'text': data.sources<...>0<...>(numbers.jsonl) holds <...>int64<...>, not strings"],
+        ["data.sources<...>0<...>numbers.jsonl<...>: data.text_field = 'text': it holds <...>int64<...>, not strings"],
     ),
     "source of nulls": Case(
         [sources("nulls.jsonl")],
@@ -602,7 +602,7 @@ DATA = {
     "all unreadable sources": Case(
         [sources("column.jsonl", "garbage.jsonl", "nulls.jsonl")],
         [
-            "data.text_field = 'text': data.sources<...>0<...>(column.jsonl) has only the columns <...>",
+            "data.sources<...>0<...>column.jsonl<...>: data.text_field = 'text': it has only the columns <...>",
             "data.sources<...>1<...>path = <...>garbage.jsonl<...>: not readable as json: <...>",
             "data.sources<...>2<...>path = <...>nulls.jsonl<...>: no documents <...>",
         ],
