@@ -94,17 +94,17 @@ def settings(model: str, precision: str) -> list[str]:
 def predicted(stage: str, overrides: Sequence[str]) -> int:
     """The peak that the plan says."""
     from relora.config import load_config
-    from relora.forecast.dry_run import rehearse
+    from relora.forecast.dry_run import dry_run_update
     from relora.forecast.engine_costs import Launch
-    from relora.forecast.memory import assemble, stage_model
+    from relora.forecast.memory import stage_memory, stage_model
     from relora.model.model import load_hf_config
     from relora.train.stages import Stage
 
     config = load_config(QUICKSTART, overrides)
     hf_config, launch = load_hf_config(config.model), Launch("one", 1, on_gpu=False)
     what = Stage("relora" if stage == "relora" else "warm_start", config.training.max_steps)
-    rehearsed = rehearse(what, config, hf_config, batch_size=config.training.per_device_batch_size)
-    return assemble(what, config, launch, stage_model(what, config, hf_config), rehearsed).peak
+    dry_run = dry_run_update(what, config, hf_config, batch_size=config.training.per_device_batch_size)
+    return stage_memory(what, config, launch, stage_model(what, config, hf_config), dry_run).peak
 
 
 def run(stage: str, overrides: Sequence[str], environment: dict[str, str]) -> int:

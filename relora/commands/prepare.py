@@ -9,7 +9,7 @@ from relora.train.run import check_surroundings, prepare_data
 
 
 def prepare(config: Config) -> None:
-    """Prepare the data of `config` and say what there is. UserError as in training."""
+    """Prepare the data of `config` and print a summary. UserError as in training."""
     hf_config = check_surroundings(config, RunFolder(Path(config.output_dir)), extend=True)
     data = prepare_data(config, hf_config)
     raise_if_any(check_amount(data, config.data))
