@@ -1,7 +1,7 @@
 """Does a run need the memory that `relora plan` says?
 
-    python -m benchmarks.plan                      # both stages of four sizes, fp32 and bf16; about ten minutes
-    python -m benchmarks.plan --models quickstart --precisions no --repeats 1
+    python benchmarks/plan.py                      # both stages of four sizes, fp32 and bf16; about ten minutes
+    python benchmarks/plan.py --models quickstart --precisions no --repeats 1
 
 Each measurement is a process of its own that trains three updates, on random tokens, through the engine of a run. What
 is measured is its largest resident size over the level after imports; a tiny model has made an update by then, so that
@@ -20,11 +20,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.peaks import ALLOCATOR, MIB
+from peaks import ALLOCATOR, MIB
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
-STAGES = ("full_rank", "low_rank")
+STAGES = ("warm_start", "relora")
 TARGET = 0.10
 
 
@@ -94,22 +94,22 @@ def settings(model: str, precision: str) -> list[str]:
 def predicted(stage: str, overrides: Sequence[str]) -> int:
     """The peak that the plan says."""
     from relora.config import load_config
-    from relora.forecast.dry_run import rehearse
+    from relora.forecast.dry_run import dry_run_update
     from relora.forecast.engine_costs import Launch
-    from relora.forecast.memory import assemble, stage_model
+    from relora.forecast.memory import stage_memory, stage_model
     from relora.model.model import load_hf_config
     from relora.train.stages import Stage
 
     config = load_config(QUICKSTART, overrides)
     hf_config, launch = load_hf_config(config.model), Launch("one", 1, on_gpu=False)
     what = Stage(stage, config.training.max_steps)
-    rehearsed = rehearse(what, config, hf_config, batch_size=config.training.per_device_batch_size)
-    return assemble(what, config, launch, stage_model(what, config, hf_config), rehearsed).peak
+    dry_run = dry_run_update(what, config, hf_config, batch_size=config.training.per_device_batch_size)
+    return stage_memory(what, config, launch, stage_model(what, config, hf_config), dry_run).peak
 
 
 def run(stage: str, overrides: Sequence[str], environment: dict[str, str]) -> int:
     """What a fresh process measures, in bytes."""
-    command = [sys.executable, "-m", "benchmarks.plan", "--measure", stage, *overrides]
+    command = [sys.executable, __file__, "--measure", stage, *overrides]
     result = subprocess.run(
         command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True, timeout=900
     )

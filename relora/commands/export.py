@@ -14,7 +14,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def export(run: str, output: str, *, dtype: str, step: int | None) -> None:
-    """Write the model of `run` to the folder `output`, in `dtype`; merged in float32, rounded once.
+    """Write the model of `run` to the folder `output` in `dtype`, merged in float32 and rounded once.
+
+    Args:
+        step: of the checkpoint; None for the newest.
 
     Raises:
         UserError: no run, no checkpoint of that step, or something in the way at `output`.

@@ -1,4 +1,4 @@
-"""`relora report RUN [RUN ...]`: pictures and one HTML page, several runs side by side."""
+"""`relora report RUN [RUN ...]`: plots and one HTML page, several runs side by side."""
 
 import html
 from collections.abc import Sequence
@@ -23,19 +23,21 @@ def report(runs: Sequence[str], output: str | None) -> None:
     if not has_matplotlib():
         raise UserError([f"report: needs matplotlib; {INSTALL}"])
     folder = Path(output) if output is not None else Path(runs[0]) / "report"
-    found = {run: _lines(run) for run in runs}
-    without = [f"{run}: is not a run folder with metrics" for run, held in found.items() if not held]
-    raise_if_any([*without, *folder_problems(f"--output {folder}", str(folder))])
+    folders = {run: RunFolder(Path(run)) for run in runs}
+    found = {run: read_metrics(place.metrics) if place.is_run else [] for run, place in folders.items()}
+    missing = [f"{run}: is not a run folder with metrics" for run, lines in found.items() if not lines]
+    raise_if_any([*missing, *folder_problems(f"--output {folder}", str(folder))])
+    # A run is called by the name of its folder, or by its path if another has the same name.
     names = [Path(run).resolve().name for run in found]
     lines = {name if names.count(name) == 1 else run: found[run] for run, name in zip(found, names, strict=True)}
     folder.mkdir(parents=True, exist_ok=True)
     draw(lines, folder / "overview.png")
-    write_text(folder / "index.html", _page(lines))
+    write_text(folder / "index.html", page(lines))
     print(f"report: {folder / 'index.html'}")
 
 
 def draw(runs: dict[str, Lines], path: Path) -> None:
-    """Loss, learning rate, rank of the updates and throughput over the steps; restarts as dotted lines."""
+    """Plot loss, learning rate, rank of the updates and throughput over the steps; restarts as dotted lines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -44,11 +46,11 @@ def draw(runs: dict[str, Lines], path: Path) -> None:
     axes = figure.subplots(2, 2, sharex=True)
     for number, (name, lines) in enumerate(runs.items()):
         color = f"C{number}"
-        _curve(axes[0, 0], lines, "loss", color=color, alpha=0.35, label=f"{name}, training")
-        _curve(axes[0, 0], lines, "eval_loss", color=color, marker="o", markersize=3, label=f"{name}, held-out")
-        _curve(axes[0, 1], lines, "learning_rate", color=color, label=name)
-        _curve(axes[1, 0], lines, "update_effective_rank", color=color, marker="s", markersize=4, label=name)
-        _curve(axes[1, 1], lines, "tokens_per_second", color=color, label=name)
+        plot(axes[0, 0], lines, "loss", color=color, alpha=0.35, label=f"{name}, training")
+        plot(axes[0, 0], lines, "eval_loss", color=color, marker="o", markersize=3, label=f"{name}, held-out")
+        plot(axes[0, 1], lines, "learning_rate", color=color, label=name)
+        plot(axes[1, 0], lines, "update_effective_rank", color=color, marker="s", markersize=4, label=name)
+        plot(axes[1, 1], lines, "tokens_per_second", color=color, label=name)
         for axis in axes.flat:
             for line in lines:
                 if "restart" in line:
@@ -63,24 +65,20 @@ def draw(runs: dict[str, Lines], path: Path) -> None:
     figure.savefig(path)
 
 
-def _curve(axis: Any, lines: Lines, key: str, **style: Any) -> None:
+def plot(axis: Any, lines: Lines, key: str, **style: Any) -> None:
+    """One curve: the field `key` over the steps of the lines that have it; nothing if there are none."""
     points = [(line["step"], line[key]) for line in lines if key in line]
     if points:
         axis.plot(*zip(*points, strict=True), linewidth=1.2, **style)
 
 
-def _lines(run: str) -> Lines:
-    folder = RunFolder(Path(run))
-    return read_metrics(folder.metrics) if folder.is_run else []
-
-
-def _page(runs: dict[str, Lines]) -> str:
+def page(runs: dict[str, Lines]) -> str:
+    """The HTML page: a table with one row a run, and the plot."""
+    columns = ("run", "step", "tokens", "held-out loss", "restarts", "merge error")
+    head = "".join(f"<th>{title}</th>" for title in columns)
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in _row(lines))}</tr>"
+        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in summary(lines))}</tr>"
         for name, lines in runs.items()
-    )
-    head = "".join(
-        f"<th>{title}</th>" for title in ("run", "step", "tokens", "held-out loss", "restarts", "merge error")
     )
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>relora report</title>
@@ -92,7 +90,8 @@ def _page(runs: dict[str, Lines]) -> str:
 """
 
 
-def _row(lines: Lines) -> list[str]:
+def summary(lines: Lines) -> list[str]:
+    """The cells of a run: step, tokens, held-out loss, restarts, largest merge error."""
     updates = [line for line in lines if "loss" in line]
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     errors = [line["merge_error"] for line in lines if "restart" in line]

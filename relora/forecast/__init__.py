@@ -1,1 +1,1 @@
-"""What a run will need, reckoned without running it: no data, no weights, no memory to speak of."""
+"""What a run will need, computed without running it: no data, no weights, almost no memory."""

@@ -1,15 +1,15 @@
-"""One update of a stage, and a merge, made by the engine's own code with tensors that have no values.
+"""One update of a stage, and one merge, by the engine's own code with tensors that have no values.
 
-torch's FakeTensorMode gives every tensor its shape, dtype and life, and no memory. So what is counted is what the
-model really keeps, whatever its architecture: autocast, checkpointing, masks and the loss included.
+torch's FakeTensorMode gives every tensor its shape, dtype and lifetime, and no memory. So the forecast counts what the
+model really allocates, whatever its architecture: autocast, checkpointing, masks and the loss included.
 """
 
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -20,44 +20,48 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from relora.config import Config, ModelSection, UserError
+from relora.data.batches import NO_TOKENS
 from relora.engines import TrainState, World
 from relora.engines.ddp import DDPEngine
-from relora.method.kernels import GPU_LAYOUT, layout
+from relora.method import kernels
 from relora.method.lora import lora_layers
 from relora.method.merge import merge_layer
 from relora.method.store import TorchStore
-from relora.model.model import empty_model, refusal
+from relora.model.model import empty_model, first_lines
+from relora.model.tasks import Batch, task_of
 from relora.train.stages import Stage, make_trainable, optimizer_for
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Within `with FakeTensorMode(), LiveBytes() as live:` counts the bytes of the storages made and still alive.
+    """Within `with FakeTensorMode(), LiveBytes() as live:` counts the bytes of the storages that are alive.
 
-    Fake tensors have no values, but for a few constants: any other number that the program asks one for is 0.
+    Storages that existed before do not count. Fake tensors have no values, but for a few constants: any other number
+    that the program reads from one is 0.
 
     Attributes:
-        now: bytes alive, without those that were claimed.
-        gradients: bytes alive of what was claimed as gradients.
-        history: (now, gradients) whenever something had been made; `restart` empties it.
+        now: bytes alive, without those of gradients.
+        gradients: bytes alive of the storages given to `mark_gradients`.
+        history: (now, gradients) after each allocation since `restart`.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now, self.gradients = 0, 0
         self.history: list[tuple[int, int]] = []
-        self._sizes: dict[int, int] = {}
-        self._claimed: set[int] = set()
+        self._sizes: dict[int, int] = {}  # by the address of the storage
+        self._marked: set[int] = set()
 
-    def restart(self) -> None:
-        """Begin a new history, at what is alive now."""
+    def restart(self) -> int:
+        """Begin a new history at what is alive now, and return `now`."""
         self.history = [(self.now, self.gradients)]
+        return self.now
 
-    def claim(self, tensors: Iterable[Tensor]) -> None:
-        """Count the storages of these as gradients from now on; those that already are stay so."""
+    def mark_gradients(self, tensors: Iterable[Tensor]) -> None:
+        """Count the storages of these as gradients from now on, each once."""
         for tensor in tensors:
             key = tensor.untyped_storage()._cdata
-            if key in self._sizes and key not in self._claimed:
-                self._claimed.add(key)
+            if key in self._sizes and key not in self._marked:
+                self._marked.add(key)
                 self.now -= self._sizes[key]
                 self.gradients += self._sizes[key]
 
@@ -69,25 +73,26 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 raise
             return 0.0 if args[0].is_floating_point() else 0
         leaves = [result] if isinstance(result, Tensor) else tree_leaves(result)
-        made = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        if sum(self._is_new(tensor) for tensor in made):
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        if sum(self._add(tensor) for tensor in tensors):
             self.history.append((self.now, self.gradients))
         return result
 
-    def _is_new(self, tensor: Tensor) -> bool:
+    def _add(self, tensor: Tensor) -> bool:
+        """Count the storage of an operation's result, until it dies; whether it is a new one, and no view."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._sizes:
             return False
         self._sizes[key] = storage.nbytes()
         self.now += storage.nbytes()
-        weakref.finalize(storage, self._died, key)
+        weakref.finalize(storage, self._remove, key)
         return True
 
-    def _died(self, key: int) -> None:
+    def _remove(self, key: int) -> None:
         size = self._sizes.pop(key)
-        if key in self._claimed:
-            self._claimed.remove(key)
+        if key in self._marked:
+            self._marked.remove(key)
             self.gradients -= size
         else:
             self.now -= size
@@ -97,14 +102,14 @@ History = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Rehearsal:
-    """What one process holds beside weights and moments, in bytes.
+class DryRun:
+    """What one process holds beside weights, in bytes, in an update and a merge.
 
     Attributes:
-        activations: kept for the backward pass when the output head begins.
-        passes: (everything else, gradients) at every growth during forward and backward pass.
+        activations: saved for the backward pass when the output head begins.
+        passes: (everything else, gradients) at every allocation during forward and backward pass.
         step: (everything else, gradients) during clipping and the optimizer's step, new moments included.
-        optimizer_state: what the optimizer keeps.
+        optimizer_state: moments and step counts.
         merge: temporaries of the costliest merge; 0 where nothing is merged.
     """
 
@@ -116,107 +121,85 @@ class Rehearsal:
 
     @property
     def step_temporaries(self) -> int:
+        """Bytes that the optimizer's step takes beside gradients and its state."""
         return max(0, max(other for other, _ in self.step) - self.optimizer_state)
 
 
 @contextmanager
 def fake() -> Iterator[LiveBytes]:
-    """Tensors made within have shapes and lives, but neither values nor memory."""
+    """Inside, new tensors have shapes and lifetimes, but neither values nor memory."""
     with FakeTensorMode(), LiveBytes() as live:
         yield live
 
 
 def fake_model(stage: Stage, config: Config, hf_config: PretrainedConfig) -> PreTrainedModel:
     """The model of a stage, as a run builds it. Call within `fake`."""
-    model = empty_model(kernel_known_here(config.model), hf_config)
+    model = empty_model(with_known_attention(config.model), hf_config, task_of(config))
     make_trainable(model, stage, config)
     return model
 
 
-def kernel_known_here(section: ModelSection) -> ModelSection:
-    """Attention kernels that only GPUs have keep what sdpa keeps: their inputs, the output, a number a row."""
-    known = section.attn_implementation in ("eager", "sdpa")
-    return section if known else section.model_copy(update={"attn_implementation": "sdpa"})
+def with_known_attention(section: ModelSection) -> ModelSection:
+    """The model with sdpa in place of a kernel that only GPUs have.
+
+    Those save what sdpa saves for the backward pass: their inputs, the output, a number per row.
+    """
+    is_known = section.attn_implementation in ("eager", "sdpa")
+    return section if is_known else section.model_copy(update={"attn_implementation": "sdpa"})
 
 
-def rehearse(
+def example_batch(config: Config, batch_size: int) -> Batch:
+    """A micro-batch of the run's form, without documents. Call outside of `fake`: its values are real."""
+    task, data = task_of(config), config.data
+    return task.make_batch([NO_TOKENS] * batch_size, data.sequence_length, eos_id=0, document_mask=data.document_mask)
+
+
+def fake_batch(example: Batch) -> dict[str, Tensor]:
+    """A micro-batch of the shapes and dtypes of `example`. Call within `fake`."""
+    return {name: torch.zeros(values.shape, dtype=values.dtype) for name, values in example.items()}
+
+
+def dry_run_update(
     stage: Stage, config: Config, hf_config: PretrainedConfig, *, batch_size: int, on_gpu: bool = False
-) -> Rehearsal:
-    """One micro-batch of `batch_size` samples and one step of the optimizer, in one process.
+) -> DryRun:
+    """Run one update of one micro-batch of `batch_size` samples, and one merge, in one process without values.
 
     Args:
-        on_gpu: whether torch's AdamW takes all parameters at once, and W + delta is formed in one piece, as there.
+        on_gpu: as there, torch's AdamW takes all parameters at once, and W + delta is formed in one piece.
 
     Raises:
         UserError: the model cannot compute without values: torch knows no shapes for one of its operations.
     """
-    with fake() as live, layout(GPU_LAYOUT) if on_gpu else nullcontext():
+    example = example_batch(config, batch_size)
+    with fake() as live, _kernel_layout(on_gpu=on_gpu), _packed_rows(possible=config.data.document_mask):
         model = fake_model(stage, config, hf_config)
-        engine = DDPEngine(
-            cast(World, OneProcess()),
-            mixed_precision=config.training.mixed_precision,
-            max_grad_norm=config.optim.max_grad_norm,
+        optimizer = optimizer_for(model, config)
+        for group in optimizer.param_groups:
+            if on_gpu and not group.get("fused", True):
+                group["foreach"] = True
+        notes = take_notes(live, model, optimizer)
+        level = live.restart()
+        try:
+            run_update(model, optimizer, config, fake_batch(example))
+        except RuntimeError as error:
+            name = type(model).__name__
+            raise UserError([f"model: {name} cannot be computed without values: {first_lines(error)}"]) from None
+        step, state = live.history, [s for states in optimizer.state.values() for s in states.values()]
+        return DryRun(
+            activations=notes.activations - level,
+            passes=[(other - level, gradients) for other, gradients in notes.passes],
+            step=[(other - level, gradients) for other, gradients in step],
+            optimizer_state=sum(value.nbytes for value in state if isinstance(value, Tensor)),
+            merge=merge_temporaries(model, live),
         )
-        trained = TrainState(model=model, wrapped=model, optimizer=_optimizer(model, config, on_gpu=on_gpu))
-        seen = _Seen(live, trained)
-        level = live.now
-        live.restart()
-        _update(engine, trained, config, batch_size)
-        step, state = live.history, optimizer_state_bytes(trained.optimizer)
-        merge = merge_temporaries(model, live)
-    return Rehearsal(
-        activations=seen.activations - level,
-        passes=_above(seen.passes, level),
-        step=_above(step, level),
-        optimizer_state=state,
-        merge=merge,
-    )
-
-
-@contextmanager
-def rows_as_told(*, masked: bool) -> Iterator[None]:
-    """Let transformers know whether rows hold several documents, which it would read from values.
-
-    Without values it takes them to, and makes a mask of batch x sequence^2 that each layer keeps a copy of.
-    """
-    told = nullcontext() if masked else patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None)
-    with told:
-        yield
-
-
-def fake_batch(config: Config, batch_size: int) -> dict[str, Tensor]:
-    """A micro-batch of the form that the data have. Call within `fake`."""
-    ids = torch.zeros(batch_size, config.data.sequence_length, dtype=torch.long)
-    positions = {"position_ids": ids.clone()} if config.data.document_mask else {}
-    return {"input_ids": ids, "labels": ids.clone(), **positions}
-
-
-def optimizer_state_bytes(optimizer: Optimizer) -> int:
-    """What the optimizer keeps, of all parameters."""
-    held = [value for state in optimizer.state.values() for value in state.values()]
-    return sum(value.nbytes for value in held if isinstance(value, Tensor))
-
-
-def merge_temporaries(model: nn.Module, live: LiveBytes) -> int:
-    """Bytes that the merge of the largest layer needs for a while; 0 where nothing is merged. Call within `fake`."""
-    layers = lora_layers(model).values()
-    largest = max(layers, key=lambda layer: layer.in_features * layer.out_features, default=None)
-    if largest is None:
-        return 0
-    store = TorchStore()
-    store.register([largest])
-    live.restart()
-    level = live.now
-    merge_layer(largest, store)
-    return max(other for other, _ in live.history) - level
 
 
 @dataclass(frozen=True)
 class OneProcess:
-    """What an engine asks of `Processes`, where there is one process and nothing travels."""
+    """The part of `World` that an update needs, where there is one process and nothing travels."""
 
     num_processes: int = 1
-    rank: int = 0
+    process_index: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def sum(self, values: Sequence[float]) -> list[float]:
@@ -226,53 +209,87 @@ class OneProcess:
         """The sum over one process."""
 
 
-class _Seen:
-    """Notes, by hooks, what is alive at the turns of an update."""
+def run_update(model: nn.Module, optimizer: Optimizer, config: Config, batch: Batch) -> None:
+    """One update by the engine of a single process."""
+    engine = DDPEngine(
+        cast(World, OneProcess()),
+        mixed_precision=config.training.mixed_precision,
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+    engine.update(TrainState(model, model, optimizer), [batch], seeds=[0], stop=False)
 
-    def __init__(self, live: LiveBytes, trained: TrainState) -> None:
-        self.activations = 0
-        self.passes: History = []
-        self._live = live
-        model = cast(PreTrainedModel, trained.model)
-        # Some models have no head that could be told from the rest: the logits then count as activations.
-        body_ends = model.get_output_embeddings()
-        if isinstance(body_ends, nn.Module):
-            body_ends.register_forward_pre_hook(lambda *_: self._note_activations())
-        else:
-            model.register_forward_hook(lambda *_: self._note_activations())
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._note_gradient)
-        trained.optimizer.register_step_pre_hook(lambda *_: self._note_step())
 
-    def _note_activations(self) -> None:
-        self.activations = self.activations or self._live.now
+@dataclass
+class Notes:
+    """What was alive at the turns of an update; see `DryRun`, from which the level before the update is taken off."""
 
-    def _note_gradient(self, parameter: Tensor) -> None:
+    activations: int = 0
+    passes: History = field(default_factory=list)
+
+
+def take_notes(live: LiveBytes, model: PreTrainedModel, optimizer: Optimizer) -> Notes:
+    """Install hooks that fill in the notes during the next update, and mark its gradients."""
+    notes = Notes()
+
+    def at_head(*_: Any) -> None:
+        notes.activations = notes.activations or live.now
+
+    def at_gradient(parameter: Tensor) -> None:
         if parameter.grad is not None:
-            self._live.claim([parameter.grad])
+            live.mark_gradients([parameter.grad])
 
-    def _note_step(self) -> None:
-        self.passes = self._live.history
-        self._live.restart()
+    def at_step(*_: Any) -> None:
+        notes.passes = live.history
+        live.restart()
+
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Module):
+        head.register_forward_pre_hook(at_head)
+    else:  # no head that could be told from the rest: the logits count as activations
+        model.register_forward_hook(at_head)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(at_gradient)
+    optimizer.register_step_pre_hook(at_step)
+    return notes
 
 
-def _update(engine: DDPEngine, trained: TrainState, config: Config, batch_size: int) -> None:
+def merge_temporaries(model: nn.Module, live: LiveBytes) -> int:
+    """Bytes that the merge of the largest layer takes for a moment; 0 where nothing is merged. Call within `fake`."""
+    layers = lora_layers(model).values()
+    largest = max(layers, key=lambda layer: layer.in_features * layer.out_features, default=None)
+    if largest is None:
+        return 0
+    store = TorchStore()
+    store.register([largest])
+    level = live.restart()
+    merge_layer(largest, store)
+    return max(other for other, _ in live.history) - level
+
+
+@contextmanager
+def _kernel_layout(*, on_gpu: bool) -> Iterator[None]:
+    """Let the kernels form W + delta as on a GPU, in one piece and without gaps, although fake tensors are on a CPU."""
+    before = kernels.BLOCK_ROWS, kernels.LINE_BYTES
+    if on_gpu:
+        kernels.BLOCK_ROWS, kernels.LINE_BYTES = sys.maxsize, 1
     try:
-        with rows_as_told(masked=config.data.document_mask):
-            engine.update(trained, [fake_batch(config, batch_size)], seeds=[0], stop=False)
-    except RuntimeError as error:
-        name = type(trained.model).__name__
-        raise UserError([f"model: {name} cannot be tried out without values: {refusal(error)}"]) from None
+        yield
+    finally:
+        kernels.BLOCK_ROWS, kernels.LINE_BYTES = before
 
 
-def _above(history: History, level: int) -> History:
-    return [(other - level, gradients) for other, gradients in history]
+@contextmanager
+def _packed_rows(*, possible: bool) -> Iterator[None]:
+    """Tell transformers whether rows hold several documents, which it would read from the values of the positions.
 
-
-def _optimizer(model: nn.Module, config: Config, *, on_gpu: bool) -> Optimizer:
-    optimizer = optimizer_for(model, config)
-    for group in optimizer.param_groups:
-        if on_gpu and not group.get("fused", True):
-            group["foreach"] = True
-    return optimizer
+    Without values it assumes so, and makes a mask of batch x sequence^2, of which each layer saves a copy. It has no
+    argument for this that leaves the rest of its computation alone: so its function is replaced for the time being.
+    """
+    find_packed_rows = masking_utils.find_packed_sequence_indices
+    if not possible:
+        masking_utils.find_packed_sequence_indices = lambda _: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = find_packed_rows

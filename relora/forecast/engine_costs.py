@@ -1,4 +1,7 @@
-"""What each engine leaves with one process, and what it holds and sends for itself."""
+"""Engines: the shards that each leaves to a process, the buffers it holds and the bytes it sends.
+
+All that depends on `relora.sync: restart` in a forecast is in this file too.
+"""
 
 import math
 from collections.abc import Iterable
@@ -10,7 +13,6 @@ from torch import nn
 from relora.config import Config, UserError
 from relora.config.derived import accumulation_steps
 from relora.engines.fsdp2 import FSDPOptions
-from relora.engines.outer import OuterOptimizer
 
 EngineName = Literal["one", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
@@ -22,10 +24,13 @@ ZERO_BUCKET, ZERO_PREFETCH, ZERO_LIVE, ZERO_SMALL = 500_000_000, 50_000_000, 1_0
 
 @dataclass(frozen=True)
 class Launch:
-    """What a run is launched as.
+    """The engine and the processes of a run.
 
     Attributes:
-        on_gpu: whether each process has a GPU; otherwise all share the host's memory.
+        on_gpu: whether each process has a GPU; otherwise all use the host's memory.
+
+    Raises:
+        UserError: no such engine, or not with so many processes.
     """
 
     engine: EngineName
@@ -42,12 +47,63 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Sharing:
-    """Shares of the whole that one process keeps, and bytes that the engine itself holds.
+class ModelBytes:
+    """Bytes of a model that matter to engines.
+
+    Attributes:
+        weights: of all parameters, as stored.
+        trained: of the trained parameters.
+        factors: of the LoRA factors.
+        units: (bytes, bytes trained) of the blocks that FSDP2 gathers one at a time.
+        small: of the parameters that ZeRO-3 does not shard.
+    """
+
+    weights: int
+    trained: int
+    factors: int
+    units: tuple[tuple[int, int], ...]
+    small: int
+
+    @property
+    def root(self) -> int:
+        """Outside of all units."""
+        return self.weights - sum(unit for unit, _ in self.units)
+
+
+def model_bytes(model: nn.Module, *, factors: int) -> ModelBytes:
+    """Measure a model, in units as FSDP2 forms them by default."""
+
+    def num_bytes(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(p.nbytes for p in parameters)
+
+    weights = list(model.parameters())
+    options = FSDPOptions(
+        reshard_after_forward=True,
+        cpu_offload=False,
+        activation_checkpointing=False,
+        block_names=(),
+        min_num_params=None,
+        one_unit=False,
+    )
+    units = options.units(model) if getattr(model, "_no_split_modules", None) else []
+    return ModelBytes(
+        weights=num_bytes(weights),
+        trained=num_bytes(p for p in weights if p.requires_grad),
+        factors=factors,
+        units=tuple(
+            (num_bytes(unit.parameters()), num_bytes(p for p in unit.parameters() if p.requires_grad)) for unit in units
+        ),
+        small=num_bytes(p for p in weights if p.numel() < ZERO_SMALL),
+    )
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The fraction of the whole that one process holds, and bytes that the engine itself holds.
 
     Attributes:
         gradients_stay: whether gradients are there during forward passes too.
-        masters: fp32 copies of what is trained.
+        masters: fp32 copies of the trained parameters.
         buffers: buckets, gathered weights.
     """
 
@@ -59,128 +115,96 @@ class Sharing:
     buffers: int
 
 
+def shares_of(launch: Launch, config: Config, model: ModelBytes) -> Shares:
+    """How `launch` shards a model, the launcher's options at their defaults."""
+    n, accumulates = launch.num_processes, accumulation_steps(config, launch.num_processes) > 1
+    fraction, shard = 1 / n, math.ceil(model.trained / n)
+    bucket = ZERO_BUCKET * 4 if launch.on_gpu else min(ZERO_BUCKET * 4, model.trained)
+    match launch.engine:
+        case "one":
+            return Shares(1, 1, 1, accumulates, 0, 0)
+        case "ddp" if is_local(config, model):
+            return Shares(1, 1, 1, accumulates, 0, outer_optimizer_bytes(config, model))
+        case "ddp":
+            return Shares(1, 1, 1, True, 0, 0)  # gradients are views of its buckets, which stay
+        case "fsdp2":
+            gradients = fraction if config.training.sync_each_batch else 1
+            return Shares(fraction, fraction, gradients, accumulates, 0, fsdp2_buffers(model, on_gpu=launch.on_gpu))
+        case "zero1":
+            return Shares(1, fraction, 1, accumulates, shard, bucket + shard)
+        case "zero2":
+            return Shares(1, fraction, fraction, accumulates, shard, bucket + shard)
+        case "zero3":
+            live = min(model.weights, (ZERO_LIVE + ZERO_PREFETCH) * 4)
+            return Shares(fraction, fraction, fraction, True, shard, 2 * bucket + live)
+
+
 @dataclass(frozen=True)
-class Traffic:
+class SentBytes:
     """Bytes that a process sends in rings, at most: ZeRO-3 may still hold what it would gather again."""
 
     update: float
     restart: float
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Bytes of a model that matter to engines.
-
-    Attributes:
-        weights: as stored.
-        trained: of what is trained.
-        factors: of the LoRA factors.
-        units: (bytes, bytes trained) of the blocks that FSDP2 gathers one at a time.
-        small: of the parameters that ZeRO-3 does not shard out.
-    """
-
-    weights: int
-    trained: int
-    factors: int
-    units: tuple[tuple[int, int], ...]
-    small: int
-
-    @property
-    def root(self) -> int:
-        """What is outside of all units."""
-        return self.weights - sum(whole for whole, _ in self.units)
-
-
-def parts(model: nn.Module, *, factors: int) -> Parts:
-    """Measure a model."""
-    weights = list(model.parameters())
-    units = _BLOCKS.units(model) if getattr(model, "_no_split_modules", None) else []
-    return Parts(
-        weights=_bytes(weights),
-        trained=_bytes(p for p in weights if p.requires_grad),
-        factors=factors,
-        units=tuple((_bytes(u.parameters()), _bytes(p for p in u.parameters() if p.requires_grad)) for u in units),
-        small=_bytes(p for p in weights if p.numel() < ZERO_SMALL),
-    )
-
-
-def sharing(launch: Launch, config: Config, model: Parts) -> Sharing:
-    """How `launch` spreads a model; the launcher's options at their defaults."""
-    n, accumulates = launch.num_processes, accumulation_steps(config, launch.num_processes) > 1
-    share, part = 1 / n, math.ceil(model.trained / n)
-    bucket = ZERO_BUCKET * 4 if launch.on_gpu else min(ZERO_BUCKET * 4, model.trained)
-    match launch.engine:
-        case "one":
-            return Sharing(1, 1, 1, accumulates, 0, 0)
-        case "ddp" if _is_apart(config, model):
-            return Sharing(1, 1, 1, accumulates, 0, _of_outer_optimizer(config, model))
-        case "ddp":
-            return Sharing(1, 1, 1, True, 0, 0)  # gradients are views of its buckets, which stay
-        case "fsdp2":
-            whole = not config.training.sync_each_batch
-            return Sharing(share, share, 1 if whole else share, accumulates, 0, _gathered(model, launch.on_gpu))
-        case "zero1":
-            return Sharing(1, share, 1, accumulates, part, bucket + part)
-        case "zero2":
-            return Sharing(1, share, share, accumulates, part, bucket + part)
-        case "zero3":
-            live = min(model.weights, (ZERO_LIVE + ZERO_PREFETCH) * 4)
-            return Sharing(share, share, share, True, part, 2 * bucket + live)
-
-
-def traffic(launch: Launch, config: Config, model: Parts) -> Traffic:
-    """What a process sends in an update and at a restart (optimizer_reset zero)."""
+def sent_bytes(launch: Launch, config: Config, model: ModelBytes) -> SentBytes:
+    """The traffic of an update and of a restart (optimizer_reset zero)."""
     n, k = launch.num_processes, accumulation_steps(config, launch.num_processes)
     ring, gradients = (n - 1) / n, model.trained
-    reduced = k if config.training.sync_each_batch else 1
+    num_reductions = k if config.training.sync_each_batch else 1
     match launch.engine:
         case "one":
-            return Traffic(0, 0)
-        case "ddp" if _is_apart(config, model):
-            return Traffic(0, (n - 1) * model.factors + 2 * ring * (model.trained - model.factors))
+            return SentBytes(0, 0)
+        case "ddp" if is_local(config, model):
+            return SentBytes(0, (n - 1) * model.factors + 2 * ring * (model.trained - model.factors))
         case "ddp":
-            return Traffic(2 * ring * gradients, 0)
+            return SentBytes(2 * ring * gradients, 0)
         case "fsdp2":
             gathered = k * (2 * model.weights - model.root)  # the units again for the backward pass
-            return Traffic(ring * (reduced * gradients + gathered), ring * 12 * model.factors)
+            return SentBytes(ring * (num_reductions * gradients + gathered), ring * 12 * model.factors)
         case "zero1":
-            return Traffic(ring * 3 * gradients, ring * 10 * model.factors)
+            return SentBytes(ring * 3 * gradients, ring * 10 * model.factors)
         case "zero2":
-            return Traffic(ring * (2 * k + 1) * gradients, ring * 10 * model.factors)
+            return SentBytes(ring * (2 * k + 1) * gradients, ring * 10 * model.factors)
         case "zero3":
             gathered = model.small + k * 2 * (model.weights - model.small)
-            return Traffic(ring * (k * gradients + gathered), ring * 12 * model.factors)
+            return SentBytes(ring * (k * gradients + gathered), ring * 12 * model.factors)
 
 
-_BLOCKS = FSDPOptions(
-    reshard_after_forward=True,
-    cpu_offload=False,
-    activation_checkpointing=False,
-    block_names=(),
-    min_num_params=None,
-    one_unit=False,
-)
+def fsdp2_buffers(model: ModelBytes, *, on_gpu: bool) -> int:
+    """Gathered weights and gradients under FSDP2.
+
+    The root, whole from the first pass to the end of the last; the unit in use, on a GPU the next one too; the unit's
+    gradients, and the result of reducing them.
+    """
+    unit = max((weights for weights, _ in model.units), default=0)
+    trained = max((trained for _, trained in model.units), default=0)
+    return model.root + (2 if on_gpu else 1) * unit + 2 * trained
 
 
-def _is_apart(config: Config, model: Parts) -> bool:
-    """Whether each process trains factors of its own, and they meet at restarts."""
+def can_cache_merged(config: Config, launch: Launch) -> bool:
+    """Whether W + delta can be cached: W is whole between two passes, and no compiler decides what is alive."""
+    return launch.engine in ("one", "ddp") and not config.model.torch_compile
+
+
+def is_local(config: Config, model: ModelBytes) -> bool:
+    """Whether each process trains factors of its own, which synchronize at restarts only."""
     return config.relora.sync == "restart" and model.factors > 0
 
 
-def _of_outer_optimizer(config: Config, model: Parts) -> int:
-    """Anchors of what trains in full, and velocities of that and of the base weights (OuterOptimizer)."""
-    outer = OuterOptimizer(config.relora.outer_learning_rate, config.relora.outer_momentum)
-    anchors = 0 if outer.takes_the_mean else model.trained - model.factors
-    return anchors + (model.weights - model.factors if outer.momentum else 0)
+def outer_optimizer_bytes(config: Config, model: ModelBytes) -> int:
+    """Anchors of the parameters trained in full, and velocities of these and of the base weights."""
+    takes_mean = config.relora.outer_learning_rate == 1 and config.relora.outer_momentum == 0
+    anchors = 0 if takes_mean else model.trained - model.factors
+    velocities = model.weights - model.factors if config.relora.outer_momentum else 0
+    return anchors + velocities
 
 
-def _gathered(model: Parts, on_gpu: bool) -> int:
-    """FSDP2: what is outside of the units, whole from the first pass to the end of the last; the unit in use, on a
-    GPU the next one too; the unit's gradients, and what is reduced of them."""
-    whole = max((unit for unit, _ in model.units), default=0)
-    trained = max((trained for _, trained in model.units), default=0)
-    return model.root + (2 if on_gpu else 1) * whole + 2 * trained
+def num_master_shards(config: Config, launch: Launch) -> int:
+    """Over how many processes the exact masters of quantized weights are sharded."""
+    return 1 if config.relora.sync == "restart" else launch.num_processes
 
 
-def _bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(p.nbytes for p in parameters)
+def num_independent_updates(config: Config, launch: Launch) -> int:
+    """How many different low-rank updates the processes merge at a restart."""
+    return launch.num_processes if config.relora.sync == "restart" else 1

@@ -1,4 +1,4 @@
-"""Everything that is known of a run before it starts, as one value."""
+"""The forecast of a run, as one value: numbers, memory, FLOPs, traffic, the batch that fits, and advice."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -9,8 +9,8 @@ from transformers import PretrainedConfig
 
 from relora.config import Config
 from relora.config.derived import derived_numbers, lora_config, schedule_of
-from relora.forecast.dry_run import Rehearsal, rehearse
-from relora.forecast.engine_costs import Launch, Traffic, traffic
+from relora.forecast.dry_run import DryRun, dry_run_update
+from relora.forecast.engine_costs import Launch, SentBytes, can_cache_merged, num_independent_updates, sent_bytes
 from relora.forecast.flops import (
     LayerWork,
     UpdateFlops,
@@ -24,14 +24,14 @@ from relora.forecast.memory import (
     COMMON_GPUS_GIB,
     GIB,
     RESERVED_SHARE,
-    Fit,
-    Line,
+    BatchFit,
+    PeakLine,
     StageMemory,
     StageModel,
-    assemble,
     divisors_of,
-    fit,
+    fit_batch,
     line_through,
+    stage_memory,
     stage_model,
 )
 from relora.method.schedule import Schedule
@@ -39,7 +39,7 @@ from relora.train.stages import Stage, stages
 
 
 def restart_advice(config: Config) -> Iterator[str]:
-    """Restarts whose learning rate does not recover, and runs without restarts."""
+    """Advice on restarts after which the learning rate does not recover, and on runs without restarts."""
     schedule, rewarm = schedule_of(config), config.schedule.restart_warmup_steps
     every = schedule.restart_every
     if not schedule.has_low_rank_stage or every is None:
@@ -65,7 +65,7 @@ def restart_advice(config: Config) -> Iterator[str]:
 
 
 def route_advice(config: Config, *, break_even: int, ratio: float) -> Iterator[str]:
-    """Low-rank updates that cost more than full-rank ones, and what keeps them from being cheaper."""
+    """Advice on low-rank updates that cost more than full-rank ones, and on settings that make them dearer."""
     r, lora = config.lora.r, lora_config(config)
     if r > break_even:
         yield (
@@ -79,13 +79,13 @@ def route_advice(config: Config, *, break_even: int, ratio: float) -> Iterator[s
 
 
 def saving_advice(full: int, low: int) -> Iterator[str]:
-    """Low-rank training that saves no memory. `full` and `low` are the peaks of the two stages."""
+    """Advice on low-rank training that saves no memory; `full` and `low` are the peaks of the two stages in bytes."""
     if low >= full:
         yield f"low rank takes no less memory than full rank: {low / 2**20:,.0f} MiB against {full / 2**20:,.0f}"
 
 
 def room_advice(stage: str, peak: int, *, room: float | None) -> Iterator[str]:
-    """A stage that does not fit into `room` bytes of a device, if that is known."""
+    """Advice on a stage whose peak does not fit into `room` bytes of a device; none where that is None."""
     if room is not None and peak > room:
         yield (
             f"stage {stage} needs {peak / 2**30:.1f} GiB and the device leaves {room / 2**30:.1f}: try "
@@ -93,17 +93,17 @@ def room_advice(stage: str, peak: int, *, room: float | None) -> Iterator[str]:
         )
 
 
-# The least batch whose peak is on the line: with fewer samples the gradients may be what is most.
+# The least batch whose peak is on the line: with fewer samples the gradients may dominate.
 LEAST_ON_LINE = 2
 
 
 @dataclass(frozen=True)
 class Compute:
-    """FLOPs of an update over all processes; `low_rank` and what follows is None without a low-rank stage.
+    """FLOPs of an update over all processes; `low_rank` and the rest are None without a low-rank stage.
 
     Attributes:
         expected_ratio: time of a low-rank update over a full-rank one, if products took all of it.
-        merged_layers: how many of the wrapped layers compute with W + delta.
+        merged_layers: number of the wrapped layers that compute with W + delta.
         break_even_rank: the largest r at which low rank costs no more.
     """
 
@@ -120,11 +120,12 @@ class Forecast:
     """What a run will need.
 
     Attributes:
-        numbers: what the settings amount to, with restarts and reachable rank.
-        models: the census of each stage.
+        numbers: numbers that follow from the settings, with restarts and reachable rank.
+        models: the parameters of each stage.
         memory: of one process, by stage.
         sent: bytes that one process sends, by stage.
         lines: peak over the batch, by stage.
+        fits: the batches that fit, by size of GPU.
     """
 
     launch: Launch
@@ -132,12 +133,13 @@ class Forecast:
     models: dict[str, StageModel]
     memory: dict[str, StageMemory]
     compute: Compute
-    sent: dict[str, Traffic]
-    lines: dict[str, Line]
-    fits: list[Fit]
+    sent: dict[str, SentBytes]
+    lines: dict[str, PeakLine]
+    fits: list[BatchFit]
     advice: list[str]
 
     def as_dict(self) -> dict[str, Any]:
+        """All numbers, as `relora plan --json` writes them."""
         return asdict(self) | {
             "peaks": {name: {"update": memory.update, "peak": memory.peak} for name, memory in self.memory.items()}
         }
@@ -146,69 +148,66 @@ class Forecast:
 def forecast(
     config: Config, hf_config: PretrainedConfig, launch: Launch, *, device_gib: float | None = None
 ) -> Forecast:
-    """Look ahead. Nothing is allocated, nothing is read but the model's configuration.
+    """Forecast a run. Nothing is allocated, nothing is read but the model's configuration.
 
     Args:
-        device_gib: memory of one device, beside that of the common ones.
+        device_gib: memory of one device, to be judged beside the common sizes.
 
     Raises:
+        UserError: the model cannot be computed without values.
         ValueError: the global batch cannot be divided over the processes.
     """
-    config = _as_launched(config, launch)
+    if not can_cache_merged(config, launch):
+        config = config.model_copy(update={"lora": config.lora.model_copy(update={"keep_merged": False})})
     schedule, numbers = schedule_of(config), derived_numbers(config, launch.num_processes)
-    models, memory, lines = dict[str, StageModel](), dict[str, StageMemory](), dict[str, Line]()
-    for stage in stages_beside_full_rank(schedule):
+    models, memory, lines = dict[str, StageModel](), dict[str, StageMemory](), dict[str, PeakLine]()
+    for stage in stages_to_compare(schedule):
         models[stage.name] = stage_model(stage, config, hf_config)
-        memory[stage.name], lines[stage.name] = _look(stage, config, hf_config, launch, models[stage.name])
-    compute = _compute(config, layer_work(config, hf_config, device_type="cuda" if launch.on_gpu else "cpu"))
-    of_the_run: dict[str, Line] = {stage.name: lines[stage.name] for stage in stages(schedule)}
+        memory[stage.name], lines[stage.name] = forecast_memory(stage, config, hf_config, launch, models[stage.name])
+    work = layer_work(config, hf_config, device_type="cuda" if launch.on_gpu else "cpu")
+    compute = forecast_compute(config, work)
+    lines_of_run: dict[str, PeakLine] = {stage.name: lines[stage.name] for stage in stages(schedule)}
     divisors = divisors_of(config.training.global_batch_size, launch.num_processes)
     sizes = sorted({*COMMON_GPUS_GIB, *([device_gib] if device_gib is not None else [])})
     return Forecast(
         launch=launch,
-        numbers=numbers | _reachable(config, launch, models),
+        numbers=numbers | reachable_rank(config, launch, models),
         models=models,
         memory=memory,
         compute=compute,
-        sent={name: traffic(launch, config, model.parts) for name, model in models.items()},
+        sent={name: sent_bytes(launch, config, model.num_bytes) for name, model in models.items()},
         lines=lines,
-        fits=[fit(gib, of_the_run, divisors) for gib in sizes],
-        advice=[*restart_advice(config), *_advice(config, memory, compute, device_gib)],
+        fits=[fit_batch(gib, lines_of_run, divisors) for gib in sizes],
+        advice=[*restart_advice(config), *cost_advice(config, memory, compute, device_gib)],
     )
 
 
-def _as_launched(config: Config, launch: Launch) -> Config:
-    """W + delta is kept only where W is whole between two passes, and no compiler decides what is."""
-    if launch.engine in ("one", "ddp") and not config.model.torch_compile:
-        return config
-    return config.model_copy(update={"lora": config.lora.model_copy(update={"keep_merged": False})})
-
-
-def stages_beside_full_rank(schedule: Schedule) -> list[Stage]:
-    """A full-rank stage, whether the run has one or it is only what low rank is held against, then the low-rank one."""
+def stages_to_compare(schedule: Schedule) -> list[Stage]:
+    """A full-rank stage, even if the run has none, as the reference for the low-rank one that follows."""
     low = [Stage("low_rank", schedule.max_steps)] if schedule.has_low_rank_stage else []
     return [Stage("full_rank", schedule.warm_start_steps or schedule.max_steps), *low]
 
 
-def _look(
+def forecast_memory(
     stage: Stage, config: Config, hf_config: PretrainedConfig, launch: Launch, model: StageModel
-) -> tuple[StageMemory, Line]:
+) -> tuple[StageMemory, PeakLine]:
     """The memory at the configured batch, and how it grows with the batch on a GPU."""
     batch = config.training.per_device_batch_size
 
     @cache
-    def rehearsed(batch_size: int, on_gpu: bool) -> Rehearsal:
-        return rehearse(stage, config, hf_config, batch_size=batch_size, on_gpu=on_gpu)
+    def dry_run(batch_size: int, on_gpu: bool) -> DryRun:
+        return dry_run_update(stage, config, hf_config, batch_size=batch_size, on_gpu=on_gpu)
 
-    def at(batch_size: int, here: Launch) -> StageMemory:
-        return assemble(stage, config, here, model, rehearsed(batch_size, here.on_gpu))
+    def at(batch_size: int, place: Launch) -> StageMemory:
+        return stage_memory(stage, config, place, model, dry_run(batch_size, place.on_gpu))
 
     small, on_gpu = max(batch, LEAST_ON_LINE), replace(launch, on_gpu=True)
     line = line_through(at(small, on_gpu), at(2 * small, on_gpu), small, 2 * small)
     return at(batch, launch), line
 
 
-def _compute(config: Config, work: LayerWork) -> Compute:
+def forecast_compute(config: Config, work: LayerWork) -> Compute:
+    """The FLOPs of an update in both stages, and how they compare."""
     training = config.training
     num_tokens = training.per_device_batch_size * config.data.sequence_length
     num_calls = training.global_batch_size // training.per_device_batch_size
@@ -226,19 +225,20 @@ def _compute(config: Config, work: LayerWork) -> Compute:
     )
 
 
-def _reachable(config: Config, launch: Launch, models: Mapping[str, StageModel]) -> dict[str, Any]:
-    """The rank that the sum of all updates can have, and how many layers it fills."""
+def reachable_rank(config: Config, launch: Launch, models: Mapping[str, StageModel]) -> dict[str, Any]:
+    """The rank that the sum of all updates can have, and the number of layers whose smaller side it reaches."""
     if "low_rank" not in models:
         return {}
-    together = launch.num_processes if config.relora.sync == "restart" else 1
-    rank = (schedule_of(config).restarts_done(config.training.max_steps) + 1) * config.lora.r * together
+    num_cycles = schedule_of(config).restarts_done(config.training.max_steps) + 1
+    rank = num_cycles * config.lora.r * num_independent_updates(config, launch)
     sides = [min(shape) for shape in models["low_rank"].parameter_report.wrapped_layers.values()]
     return {"reachable_rank": rank, "full_rank_layers": sum(rank >= side for side in sides)}
 
 
-def _advice(
+def cost_advice(
     config: Config, memory: Mapping[str, StageMemory], compute: Compute, device_gib: float | None
 ) -> Iterator[str]:
+    """Advice on memory, for the stages that the run has, and on compute."""
     room = None if device_gib is None else device_gib * GIB * (1 - RESERVED_SHARE)
     for stage in stages(schedule_of(config)):
         yield from room_advice(stage.name, memory[stage.name].peak, room=room)

@@ -1,4 +1,4 @@
-"""Memory of one process by component, for one stage: what is always there, and what is added at the peaks."""
+"""Memory of one process by component, between updates and at the peaks of a stage; the batch that fits a GPU."""
 
 import math
 from collections.abc import Sequence
@@ -8,18 +8,29 @@ from transformers import PretrainedConfig
 
 from relora.config import Config
 from relora.config.derived import lora_config
-from relora.forecast.dry_run import History, Rehearsal, fake, fake_model
-from relora.forecast.engine_costs import Launch, Parts, Sharing, parts, sharing
+from relora.forecast.dry_run import DryRun, fake, fake_model
+from relora.forecast.engine_costs import Launch, ModelBytes, Shares, model_bytes, num_master_shards, shares_of
 from relora.method.parameter_report import ParameterReport, parameter_report
 from relora.train.stages import Stage
+
+GIB = 2**30
+COMMON_GPUS_GIB = (24, 40, 80, 141)
+# Memory of a GPU that a run cannot use: the CUDA context, workspaces of libraries, gaps that the allocator cannot fill.
+RESERVED_SHARE = 0.08
 
 
 @dataclass(frozen=True)
 class StageModel:
-    """The parameters of a stage: their census, their bytes, and those of the largest tensor and of all buffers."""
+    """The parameters of a stage.
+
+    Attributes:
+        num_bytes: what engines need to know of their sizes.
+        largest_tensor: bytes of the largest parameter.
+        num_buffer_bytes: bytes of all buffers.
+    """
 
     parameter_report: ParameterReport
-    parts: Parts
+    num_bytes: ModelBytes
     largest_tensor: int
     num_buffer_bytes: int
 
@@ -29,12 +40,12 @@ class StageMemory:
     """Bytes of one process.
 
     Attributes:
-        stage: warm_start or relora.
+        stage: full_rank or low_rank.
         device: at the peak of an update, by component; their sum is that peak.
         host: in host memory all the time, by component. Without a GPU it is the same memory.
         restart: peak of a restart on the device, or None where there are none.
         save: peak of a checkpoint on the device.
-        save_host: what a checkpoint takes on the host.
+        save_host: the additional host memory of a checkpoint.
     """
 
     stage: str
@@ -46,105 +57,112 @@ class StageMemory:
 
     @property
     def update(self) -> int:
+        """The peak of an update on the device."""
         return sum(self.device.values())
 
     @property
     def peak(self) -> int:
+        """The peak of the stage on the device."""
         return max(self.update, self.restart or 0, self.save)
 
 
 def stage_model(stage: Stage, config: Config, hf_config: PretrainedConfig) -> StageModel:
-    """The parameters that a stage has."""
+    """Measure the parameters of a stage, without values."""
     with fake():
         model = fake_model(stage, config, hf_config)
-        counted = parameter_report(model)
+        report = parameter_report(model)
         return StageModel(
-            parameter_report=counted,
-            parts=parts(model, factors=counted.factors.num_bytes),
+            parameter_report=report,
+            num_bytes=model_bytes(model, factors=report.factors.num_bytes),
             largest_tensor=max(p.nbytes for p in model.parameters()),
             num_buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         )
 
 
-def assemble(stage: Stage, config: Config, launch: Launch, model: StageModel, rehearsed: Rehearsal) -> StageMemory:
-    """The memory of one process, from the whole that was rehearsed and the share that the engine leaves it."""
-    shares = sharing(launch, config, model.parts)
-    kept = _kept(model, rehearsed, shares)
-    level = sum(kept.values())
+def stage_memory(stage: Stage, config: Config, launch: Launch, model: StageModel, dry_run: DryRun) -> StageMemory:
+    """The memory of one process, from a dry run of the whole model and the shares that the engine leaves it."""
+    shares = shares_of(launch, config, model.num_bytes)
+    between = between_updates(model, dry_run, shares)
+    level = sum(between.values())
     merges = stage.is_low_rank and config.training.method == "relora" and config.relora.restart_every is not None
     is_sharded = shares.weights < 1
     return StageMemory(
         stage=stage.name,
-        device=kept | _at_peak(rehearsed, shares, trained=model.parts.trained),
-        host=_host(stage, config, model.parameter_report, launch),
-        restart=level + math.ceil(rehearsed.merge * shares.weights) if merges else None,
-        save=level + (model.largest_tensor if is_sharded else 0),
+        device=between | at_peak(dry_run, shares, trained=model.num_bytes.trained),
+        host=exact_master(stage, config, model.parameter_report, launch),
+        restart=level + math.ceil(dry_run.merge * shares.weights) if merges else None,
+        save=level + (model.largest_tensor if is_sharded else 0),  # gathered one at a time
         save_host=model.largest_tensor if launch.on_gpu else 0,
     )
 
 
-def _kept(model: StageModel, rehearsed: Rehearsal, shares: Sharing) -> dict[str, int]:
-    """What is there between updates."""
-    counted = model.parameter_report
+def between_updates(model: StageModel, dry_run: DryRun, shares: Shares) -> dict[str, int]:
+    """Bytes by component that are allocated between updates."""
+    report = model.parameter_report
     weights = {
-        "base weights": counted.wrapped,
-        "LoRA factors": counted.factors,
-        "trained in full": counted.full,
-        "frozen for good": counted.frozen,
+        "base weights": report.wrapped,
+        "LoRA factors": report.factors,
+        "trained in full": report.full,
+        "frozen for good": report.frozen,
     }
     return {kind: math.ceil(group.num_bytes * shares.weights) for kind, group in weights.items()} | {
         "buffers of the model": model.num_buffer_bytes,
         "fp32 copies of what is trained (ZeRO)": shares.masters,
-        "optimizer state": math.ceil(rehearsed.optimizer_state * shares.optimizer),
+        "optimizer state": math.ceil(dry_run.optimizer_state * shares.optimizer),
         "buffers of the engine": shares.buffers,
     }
 
 
-def _at_peak(rehearsed: Rehearsal, shares: Sharing, *, trained: int) -> dict[str, int]:
-    """What the costliest moment of an update adds: in the passes, or in the optimizer's step."""
-    other, gradients = _costliest(rehearsed.passes, shares, trained=trained)
-    step, whole = math.ceil(rehearsed.step_temporaries * shares.optimizer), math.ceil(trained * shares.gradients)
-    if step + whole > other + gradients:
-        return {"gradients": whole, "activations": 0, "logits, loss, temporaries": step}
-    activations = min(rehearsed.activations, other)
+def at_peak(dry_run: DryRun, shares: Shares, *, trained: int) -> dict[str, int]:
+    """Bytes by component that the costliest moment of an update adds: in the passes, or in the optimizer's step.
+
+    Args:
+        trained: bytes of the trained parameters, and so of all gradients.
+    """
+    # (everything else, gradients) of one process, at the moment of the passes when their sum is largest
+    moments = [
+        (other, math.ceil(shares.gradients * (trained if shares.gradients_stay else gradients)))
+        for other, gradients in dry_run.passes
+    ]
+    other, gradients = max(moments, key=sum)
+    step, all_gradients = math.ceil(dry_run.step_temporaries * shares.optimizer), math.ceil(trained * shares.gradients)
+    if step + all_gradients > other + gradients:
+        return {"gradients": all_gradients, "activations": 0, "logits, loss, temporaries": step}
+    activations = min(dry_run.activations, other)
     return {"gradients": gradients, "activations": activations, "logits, loss, temporaries": other - activations}
 
 
-def _costliest(passes: History, shares: Sharing, *, trained: int) -> tuple[int, int]:
-    """(everything else, gradients) of one process when they are most."""
-    held = [(other, math.ceil(shares.gradients * (trained if shares.gradients_stay else g))) for other, g in passes]
-    return max(held, key=sum)
-
-
-def _host(stage: Stage, config: Config, counted: ParameterReport, launch: Launch) -> dict[str, int]:
-    """The exact fp32 master beside a coarser base, each process with its part."""
-    needs_master = stage.is_low_rank and lora_config(config).base_dtype not in (None, "float32")
-    numbers = sum(d_out * d_in for d_out, d_in in counted.wrapped_layers.values())
-    num_shares = 1 if config.relora.sync == "restart" else launch.num_processes
+def exact_master(stage: Stage, config: Config, report: ParameterReport, launch: Launch) -> dict[str, int]:
+    """Bytes in host memory of this process's shard of the exact fp32 master, beside weights of a coarser dtype."""
+    if not stage.is_low_rank or lora_config(config).base_dtype in (None, "float32"):
+        return {}
+    num_entries = sum(d_out * d_in for d_out, d_in in report.wrapped_layers.values())
     where = ", mapped from disk" if config.lora.master == "disk" else ""
-    return {f"exact fp32 master{where}": math.ceil(4 * numbers / num_shares)} if needs_master else {}
-
-
-GIB = 2**30
-COMMON_GPUS_GIB = (24, 40, 80, 141)
-# What is not ours to use: the CUDA context, the libraries' workspaces, and what the allocator cannot fill.
-RESERVED_SHARE = 0.08
+    return {f"exact fp32 master{where}": math.ceil(4 * num_entries / num_master_shards(config, launch))}
 
 
 @dataclass(frozen=True)
-class Line:
-    """The peak of a stage over the batch: at least `floor`, and base + slope * samples."""
+class PeakLine:
+    """The peak of a stage in bytes over the batch per device: base + slope * samples, and at least `floor`."""
 
     floor: int
     base: float
     slope: float
 
     def at(self, batch_size: int) -> float:
+        """The peak at a batch."""
         return max(self.floor, self.base + self.slope * batch_size)
+
+    def largest_batch(self, room: float) -> int | None:
+        """The largest batch whose peak is at most `room` bytes; None if not even one sample fits."""
+        if self.at(1) > room:
+            return None
+        assert self.slope > 0, "a larger batch takes more memory"
+        return int((room - self.base) / self.slope)
 
 
 @dataclass(frozen=True)
-class Fit:
+class BatchFit:
     """One size of GPU.
 
     Attributes:
@@ -157,33 +175,27 @@ class Fit:
     usable: int | None
 
 
-def line_through(small: StageMemory, large: StageMemory, small_batch: int, large_batch: int) -> Line:
-    """Through the peaks of an update at two batches; what does not depend on the batch is the floor."""
+def line_through(small: StageMemory, large: StageMemory, small_batch: int, large_batch: int) -> PeakLine:
+    """The line through the peaks of an update at two batches; the peaks of restarts and saves are its floor."""
     slope = (large.update - small.update) / (large_batch - small_batch)
     floor = max(small.restart or 0, small.save)
-    return Line(floor, small.update - slope * small_batch, slope)
+    return PeakLine(floor, small.update - slope * small_batch, slope)
 
 
-def fit(gib: float, lines: dict[str, Line], divisors: Sequence[int]) -> Fit:
-    """What fits a GPU of `gib`.
+def fit_batch(gib: float, lines: dict[str, PeakLine], divisors: Sequence[int]) -> BatchFit:
+    """The batches that fit a GPU of `gib`.
 
     Args:
+        lines: peak over the batch, by stage.
         divisors: batches per device that divide the global batch, ascending.
     """
     room = gib * GIB * (1 - RESERVED_SHARE)
-    largest = {stage: _largest(line, room) for stage, line in lines.items()}
+    largest = {stage: line.largest_batch(room) for stage, line in lines.items()}
     usable = [size for size in divisors if all(line.at(size) <= room for line in lines.values())]
-    return Fit(gib, largest, max(usable, default=None))
+    return BatchFit(gib, largest, max(usable, default=None))
 
 
 def divisors_of(global_batch_size: int, num_processes: int) -> list[int]:
     """The batches per device that `training.global_batch_size` allows on so many processes."""
-    share = global_batch_size // num_processes
-    return [size for size in range(1, share + 1) if global_batch_size % (size * num_processes) == 0]
-
-
-def _largest(line: Line, room: float) -> int | None:
-    if line.at(1) > room:
-        return None
-    assert line.slope > 0, "a larger batch takes more memory"
-    return int((room - line.base) / line.slope)
+    most = global_batch_size // num_processes
+    return [size for size in range(1, most + 1) if global_batch_size % (size * num_processes) == 0]

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Operation -> (the argument to measure, bytes that each of n processes sends per byte of it). Argument 0 is the output or
-# is changed in place, argument 1 is the input.
+# Operation -> (the argument to measure, bytes that each of n processes sends per byte of it). Argument 0 is the output,
+# or is changed in place; argument 1 is the input.
 _RING: dict[str, tuple[int, Callable[[int], float]]] = {
     "allreduce_": (0, lambda n: 2 * (n - 1) / n),
     "broadcast_": (0, lambda n: (n - 1) / n),

@@ -1,4 +1,4 @@
-"""`relora plan`: what it reckons is what a run takes, without taking it."""
+"""`relora plan`: the estimate matches a real run."""
 
 import json
 import resource
@@ -14,27 +14,51 @@ import pytest
 import torch
 import yaml
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from relora.cli import main
-from relora.config import Config, UserError, check, load_config
+from relora.config import Config, ModelSection, UserError, check, load_config
 from relora.config.derived import lora_config
 from relora.engines.base import TorchEngine
 from relora.engines.deepspeed import DeepSpeedEngine
 from relora.engines.fsdp2 import FSDP2Engine
-from relora.forecast import dry_run as rehearsal
-from relora.forecast.dry_run import LiveBytes, Rehearsal, fake_batch, rehearse
-from relora.forecast.engine_costs import Launch, Parts, sharing, traffic
+from relora.forecast import dry_run as dry_run_module
+from relora.forecast.dry_run import DryRun, LiveBytes, dry_run_update, example_batch, fake_batch
+from relora.forecast.engine_costs import (
+    Launch,
+    ModelBytes,
+    num_independent_updates,
+    num_master_shards,
+    sent_bytes,
+    shares_of,
+)
 from relora.forecast.flops import LayerWork, break_even_rank, full_rank_update, layer_work, low_rank_update, num_merged
 from relora.forecast.forecast import restart_advice, room_advice, route_advice, saving_advice
-from relora.forecast.memory import GIB, Line, StageMemory, assemble, divisors_of, fit, line_through, stage_model
+from relora.forecast.memory import (
+    GIB,
+    PeakLine,
+    StageMemory,
+    divisors_of,
+    fit_batch,
+    line_through,
+    stage_memory,
+    stage_model,
+)
 from relora.method.base_weights import WeightFormat
-from relora.model.model import build_model, load_hf_config, token_losses
+from relora.model.model import build_model, read_hf_config
+from relora.model.tasks import CausalLM
 from relora.train.stages import Stage, make_trainable
 from tests.helpers.programs import ROOT, run
 from tests.helpers.tiny import MODEL as MODEL_OF_TESTS
 
 FULL, LOW = Stage("full_rank", 4), Stage("low_rank", 12)
 ALONE = Launch("one", 1, on_gpu=False)
+
+
+def hf_config_of(section: ModelSection) -> PretrainedConfig:
+    found, problems = read_hf_config(section)
+    assert found is not None, problems
+    return found
 
 
 @pytest.fixture
@@ -48,54 +72,56 @@ def config(tiny_run: Callable[..., dict[str, Any]]) -> Config:
     [{}, {"training__mixed_precision": "bf16"}, {"data__document_mask": True}],
     ids=["fp32", "bf16", "masked"],
 )
-def test_a_rehearsal_takes_what_real_tensors_take(
+def test_a_dry_run_takes_what_real_tensors_take(
     stage: Stage,
     overrides: dict[str, Any],
     tiny_run: Callable[..., dict[str, Any]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     config = check(tiny_run(**overrides))
-    hf_config = load_hf_config(config.model)
-    faked = rehearse(stage, config, hf_config, batch_size=4)
-    monkeypatch.setattr(rehearsal, "FakeTensorMode", nullcontext)
-    monkeypatch.setattr(rehearsal, "empty_model", lambda section, hf: build_model(section, hf, seed=0))
-    real = rehearse(stage, config, hf_config, batch_size=4)
+    hf_config = hf_config_of(config.model)
+    faked = dry_run_update(stage, config, hf_config, batch_size=4)
+    monkeypatch.setattr(dry_run_module, "FakeTensorMode", nullcontext)
+    monkeypatch.setattr(dry_run_module, "empty_model", lambda *how: build_model(*how, seed=0))
+    real = dry_run_update(stage, config, hf_config, batch_size=4)
     assert summary(faked) == summary(real)
     assert (faked.merge > 0) == stage.is_low_rank
 
 
-def summary(rehearsed: Rehearsal) -> list[int]:
-    peak = max(other + gradients for other, gradients in rehearsed.passes)
-    gradients = rehearsed.step[-1][1]
-    return [rehearsed.activations, peak, gradients, rehearsed.optimizer_state, rehearsed.step_temporaries]
+def summary(dry_run: DryRun) -> list[int]:
+    peak = max(other + gradients for other, gradients in dry_run.passes)
+    gradients = dry_run.step[-1][1]
+    return [dry_run.activations, peak, gradients, dry_run.optimizer_state, dry_run.step_temporaries]
 
 
 def test_what_is_alive_after_a_forward_pass_is_what_autograd_saved(config: Config) -> None:
-    hf_config, saved = load_hf_config(config.model), dict[int, int]()
+    hf_config, saved = hf_config_of(config.model), dict[int, int]()
 
     def keep(tensor: Tensor) -> Tensor:
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
+    example = example_batch(config, 4)
     with LiveBytes() as live:
         model = build_model(config.model, hf_config, seed=0)
         make_trainable(model, LOW, config)
+        batch = fake_batch(example)
         level, own = live.now, {p.untyped_storage()._cdata for p in model.parameters()}
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = token_losses(model, fake_batch(config, 4))
+            loss = CausalLM().loss(model, batch)
         alive = live.now - level
     assert loss.requires_grad
     assert alive == pytest.approx(sum(size for key, size in saved.items() if key not in own), rel=0.02)
 
 
 def test_components_are_those_of_a_real_model_and_optimizer(config: Config) -> None:
-    hf_config = load_hf_config(config.model)
+    hf_config = hf_config_of(config.model)
     model = build_model(config.model, hf_config, seed=0)
     make_trainable(model, LOW, config)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     num_trained = sum(1 for p in model.parameters() if p.requires_grad)
-    looked = stage_model(LOW, config, hf_config)
-    held = assemble(LOW, config, ALONE, looked, rehearse(LOW, config, hf_config, batch_size=4))
+    measured = stage_model(LOW, config, hf_config)
+    held = stage_memory(LOW, config, ALONE, measured, dry_run_update(LOW, config, hf_config, batch_size=4))
     kinds = ("base weights", "LoRA factors", "trained in full", "frozen for good")
     assert sum(held.device[kind] for kind in kinds) == sum(p.nbytes for p in model.parameters())
     assert held.device["optimizer state"] == 2 * trained + 4 * num_trained  # two moments and a step count each
@@ -104,23 +130,26 @@ def test_components_are_those_of_a_real_model_and_optimizer(config: Config) -> N
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "int8", "nf4"])
-def test_a_coarse_base_takes_what_its_codes_take(name: Any, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantized_base_takes_what_its_format_takes(name: Any, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("relora.train.stages", "relora.forecast.memory"):
         monkeypatch.setattr(f"{module}.lora_config", lambda c: replace(lora_config(c), base_dtype=name))
-    hf_config = load_hf_config(config.model)
-    looked = stage_model(LOW, config, hf_config)
-    shapes = looked.parameter_report.wrapped_layers.values()
-    assert looked.parameter_report.wrapped.num_bytes == sum(
-        WeightFormat(name, s).encode(torch.zeros(s)).nbytes for s in shapes
+    hf_config = hf_config_of(config.model)
+    measured = stage_model(LOW, config, hf_config)
+    shapes = measured.parameter_report.wrapped_layers.values()
+    assert measured.parameter_report.wrapped.num_bytes == sum(
+        WeightFormat(name, s).quantize(torch.zeros(s)).nbytes for s in shapes
     )
     two = Launch("ddp", 2, on_gpu=False)
-    nothing = Rehearsal(activations=0, passes=[(0, 0)], step=[(0, 0)], optimizer_state=0, merge=0)
-    held = assemble(LOW, config, two, looked, nothing)
+    nothing = DryRun(activations=0, passes=[(0, 0)], step=[(0, 0)], optimizer_state=0, merge=0)
+    held = stage_memory(LOW, config, two, measured, nothing)
     assert held.host == {"exact fp32 master": sum(4 * d_out * d_in // 2 for d_out, d_in in shapes)}
-    assert assemble(FULL, config, two, looked, nothing).host == {}
+    assert stage_memory(FULL, config, two, measured, nothing).host == {}
+    assert stage_memory(LOW, config, ALONE, measured, nothing).host == {
+        "exact fp32 master": 2 * held.host["exact fp32 master"]
+    }
 
 
-MODEL = Parts(weights=4000, trained=800, factors=600, units=((1000, 100), (1000, 100)), small=40)
+MODEL = ModelBytes(weights=4000, trained=800, factors=600, units=((1000, 100), (1000, 100)), small=40)
 
 
 @pytest.mark.parametrize(
@@ -137,19 +166,19 @@ def test_shares_of_four_processes(
     engine: Any, weights: float, optimizer: float, gradients: float, stay: bool, masters: int, config: Config
 ) -> None:
     once = config.model_copy(update={"training": config.training.model_copy(update={"per_device_batch_size": 2})})
-    shares = sharing(Launch(engine, 4, on_gpu=False), once, MODEL)
+    shares = shares_of(Launch(engine, 4, on_gpu=False), once, MODEL)
     assert (shares.weights, shares.optimizer, shares.gradients) == (weights, optimizer, gradients)
     assert (shares.gradients_stay, shares.masters) == (stay, masters)
     # Two micro-batches: the gradients of the first are there during the second.
     twice = config.model_copy(update={"training": config.training.model_copy(update={"per_device_batch_size": 1})})
-    assert sharing(Launch(engine, 4, on_gpu=False), twice, MODEL).gradients_stay
+    assert shares_of(Launch(engine, 4, on_gpu=False), twice, MODEL).gradients_stay
 
 
 def test_fsdp2_holds_a_unit_and_what_is_outside_of_all(config: Config) -> None:
-    on_cpu, on_gpu = (sharing(Launch("fsdp2", 2, on_gpu=on_gpu), config, MODEL).buffers for on_gpu in (False, True))
+    on_cpu, on_gpu = (shares_of(Launch("fsdp2", 2, on_gpu=on_gpu), config, MODEL).buffers for on_gpu in (False, True))
     assert (on_cpu, on_gpu) == (2000 + 1000 + 2 * 100, 2000 + 2 * 1000 + 2 * 100)
     whole = config.model_copy(update={"training": config.training.model_copy(update={"sync_each_batch": False})})
-    assert sharing(Launch("fsdp2", 2, on_gpu=False), whole, MODEL).gradients == 1
+    assert shares_of(Launch("fsdp2", 2, on_gpu=False), whole, MODEL).gradients == 1
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
@@ -157,19 +186,20 @@ def test_gradients_travel_as_the_engines_say(engine: Any, config: Config) -> Non
     training = config.training.model_copy(update={"per_device_batch_size": 1})
     config, launch = config.model_copy(update={"training": training}), Launch(engine, 4, on_gpu=False)
     more = replace(MODEL, trained=MODEL.trained + 1000)
-    sent = traffic(launch, config, more).update - traffic(launch, config, MODEL).update
-    it: Any = SimpleNamespace(
-        processes=SimpleNamespace(num_processes=4), stage=int(engine[-1]) if "zero" in engine else 0
-    )
+    sent = sent_bytes(launch, config, more).update - sent_bytes(launch, config, MODEL).update
+    it: Any = SimpleNamespace(world=SimpleNamespace(num_processes=4), stage=int(engine[-1]) if "zero" in engine else 0)
     it._sync_each_batch = True
     kind: Any = {"ddp": TorchEngine, "fsdp2": FSDP2Engine}.get(engine, DeepSpeedEngine)
     assert sent == pytest.approx(1000 * kind.sent_per_gradient_byte(it, 2))
 
 
-def test_processes_that_meet_at_restarts_send_nothing_between(config: Config) -> None:
-    apart = config.model_copy(update={"low_rank": config.relora.model_copy(update={"sync": "restart"})})
-    sent = traffic(Launch("ddp", 2, on_gpu=False), apart, MODEL)
+def test_processes_that_synchronize_at_restarts_send_nothing_between(config: Config) -> None:
+    apart = config.model_copy(update={"relora": config.relora.model_copy(update={"sync": "restart"})})
+    sent = sent_bytes(Launch("ddp", 2, on_gpu=False), apart, MODEL)
     assert (sent.update, sent.restart) == (0, 600 + 200)
+    two = Launch("ddp", 2, on_gpu=False)
+    assert (num_master_shards(apart, two), num_independent_updates(apart, two)) == (1, 2)
+    assert (num_master_shards(config, two), num_independent_updates(config, two)) == (2, 1)
 
 
 def square(d: int, *, can_merge: bool = True, forward: str = "auto") -> LayerWork:
@@ -191,7 +221,7 @@ def test_break_even() -> None:
 
 
 def test_the_products_of_a_model_are_counted(config: Config) -> None:
-    hf_config: Any = load_hf_config(config.model)
+    hf_config: Any = hf_config_of(config.model)
     work = layer_work(config, hf_config)
     d, length = hf_config.hidden_size, config.data.sequence_length
     assert len(work.wrapped) == 7 * hf_config.num_hidden_layers
@@ -200,27 +230,27 @@ def test_the_products_of_a_model_are_counted(config: Config) -> None:
 
 
 def test_peaks_grow_on_a_line(config: Config) -> None:
-    hf_config = load_hf_config(config.model)
-    looked = stage_model(LOW, config, hf_config)
+    hf_config = hf_config_of(config.model)
+    measured = stage_model(LOW, config, hf_config)
 
     def at(batch_size: int) -> StageMemory:
-        return assemble(LOW, config, ALONE, looked, rehearse(LOW, config, hf_config, batch_size=batch_size))
+        return stage_memory(LOW, config, ALONE, measured, dry_run_update(LOW, config, hf_config, batch_size=batch_size))
 
     line = line_through(at(4), at(8), 4, 8)
     assert line.at(64) == pytest.approx(at(64).update, rel=0.01)
-    assert line.at(1) >= looked.parts.weights
+    assert line.at(1) >= measured.num_bytes.weights
 
 
 def test_what_fits() -> None:
-    lines = {"low_rank": Line(floor=GIB, base=2 * GIB, slope=GIB), "full_rank": Line(0, 4 * GIB, GIB)}
-    found = fit(24, lines, divisors_of(96, 2))
+    lines = {"low_rank": PeakLine(floor=GIB, base=2 * GIB, slope=GIB), "full_rank": PeakLine(0, 4 * GIB, GIB)}
+    found = fit_batch(24, lines, divisors_of(96, 2))
     assert found.largest == {"low_rank": 20, "full_rank": 18}  # of 24 GiB 22.08 are ours
     assert found.usable == 16
-    assert fit(2, lines, [1, 2]).largest == {"low_rank": None, "full_rank": None}
+    assert fit_batch(2, lines, [1, 2]).largest == {"low_rank": None, "full_rank": None}
     assert divisors_of(12, 2) == [1, 2, 3, 6]
 
 
-def test_restarts_that_do_not_recover_are_told(tiny_run: Callable[..., dict[str, Any]]) -> None:
+def test_advice_on_restarts_that_do_not_recover(tiny_run: Callable[..., dict[str, Any]]) -> None:
     def told(**overrides: Any) -> str:
         return "\n".join(restart_advice(check(tiny_run(**overrides))))
 
@@ -231,23 +261,23 @@ def test_restarts_that_do_not_recover_are_told(tiny_run: Callable[..., dict[str,
     assert told(training__method="full") == ""
 
 
-def test_what_costs_more_than_full_rank_is_told(tiny_run: Callable[..., dict[str, Any]]) -> None:
+def test_advice_on_updates_that_cost_more_than_full_rank(tiny_run: Callable[..., dict[str, Any]]) -> None:
     config = check(tiny_run(lora__lora_dropout=0.1))
     assert ["rules out" in line for line in route_advice(config, break_even=4, ratio=0.9)] == [True]
     [slow, _] = route_advice(config, break_even=3, ratio=1.25)
     assert slow.startswith("lora.r = 4: above 3") and "1.25 times" in slow
     assert list(saving_advice(100, 90)) == [] and len(list(saving_advice(90, 90))) == 1
     assert list(room_advice("low_rank", 5, room=None)) == list(room_advice("low_rank", 5, room=6)) == []
-    assert "stage relora needs" in next(room_advice("low_rank", 7, room=6))
+    assert "stage low_rank needs" in next(room_advice("low_rank", 7, room=6))
 
 
 def test_a_model_of_7b_takes_no_memory() -> None:
     config = load_config(f"{ROOT}/configs/llama_1b.yaml", [f"model.config={ROOT}/configs/models/llama_7b.json"])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    looked = stage_model(FULL, config, load_hf_config(config.model))
-    rehearsed = rehearse(FULL, config, load_hf_config(config.model), batch_size=1)
+    measured = stage_model(FULL, config, hf_config_of(config.model))
+    dry_run = dry_run_update(FULL, config, hf_config_of(config.model), batch_size=1)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 1024  # KiB
-    assert looked.parts.weights > 25 * GIB and rehearsed.optimizer_state > 50 * GIB
+    assert measured.num_bytes.weights > 25 * GIB and dry_run.optimizer_state > 50 * GIB
 
 
 def written(tree: dict[str, Any], folder: Path) -> str:
@@ -280,9 +310,9 @@ def test_the_command(
     assert not (tmp_path / "run").exists()
 
 
-def test_nothing_but_the_plan_is_said(tiny_run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+def test_nothing_but_the_plan_is_printed(tiny_run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
     # In a process of its own: torch warns once.
-    told = run([sys.executable, "-m", "low_rank", "plan", written(tiny_run(), tmp_path)])
+    told = run([sys.executable, "-m", "relora", "plan", written(tiny_run(), tmp_path)])
     assert (told.returncode, told.stderr) == (0, "")
 
 
@@ -314,8 +344,8 @@ def test_mistakes(
 def test_a_model_that_needs_values_is_refused(tiny_run: Callable[..., dict[str, Any]]) -> None:
     experts = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
     config = check(tiny_run(model__config=MODEL_OF_TESTS | experts))
-    with pytest.raises(UserError, match="MixtralForCausalLM cannot be tried out without values"):
-        rehearse(LOW, config, load_hf_config(config.model), batch_size=2)
+    with pytest.raises(UserError, match="MixtralForCausalLM cannot be computed without values"):
+        dry_run_update(LOW, config, hf_config_of(config.model), batch_size=2)
 
 
 def test_engines_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
