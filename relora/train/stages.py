@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from relora.checkpoint.master_weights import place_masters
 from relora.checkpoint.state import State
-from relora.checkpoint.weights import ModelWeights, first_weights, load_weights
+from relora.checkpoint.weights import first_weights, load_weights, model_weights
 from relora.config import Config
 from relora.config.derived import lora_config
 from relora.engines import Engine, TrainState
@@ -90,7 +90,7 @@ def make_trainable(model: PreTrainedModel, stage: Stage, config: Config, *, draw
 def switch(live: TrainState, engine: Engine, step: int, skipped: int) -> State:
     """What a stage hands to the next: its weights. The optimizer, the gradients and the hooks stay behind."""
     engine.release(live)
-    return State(step, skipped, stage="full_rank", weights=ModelWeights(live.model, engine.store))
+    return State(step, skipped, stage="full_rank", weights=model_weights(live.model, engine.store))
 
 
 def freeze_untrained(model: nn.Module, trainable: str | None) -> None:

@@ -26,8 +26,8 @@ from torch.optim import Optimizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora import LoRAConfig, build_optimizer, inject_lora, restart
-from relora.checkpoint.state import InMemoryWeights
-from relora.checkpoint.weights import ModelWeights, load_weights
+from relora.checkpoint.state import weights_in_memory
+from relora.checkpoint.weights import load_weights, model_weights
 from relora.engines import Batch, Engine, TrainState, Update, connect, read
 from relora.engines import base as torch_engine
 from relora.method.lora import lora_layers
@@ -174,7 +174,7 @@ def begin(
     model = plain_model(low_rank=low_rank)
     drawn = {name: p.detach().clone() for name, p in named_parameters(model).items()}
     live = engine.prepare(model, optimizer)
-    load_weights(live.model, InMemoryWeights(dict(values or drawn)), engine.store)
+    load_weights(live.model, weights_in_memory(dict(values or drawn)), engine.store)
     return live
 
 
@@ -217,7 +217,7 @@ def moments_of(engine: Engine, live: TrainState, parameter: nn.Parameter) -> Ten
 def put_back(engine: Engine, live: TrainState, saved: dict[str, Any]) -> None:
     """Go on from a snapshot, as a resume does."""
     parameters = named_parameters(live.model)
-    load_weights(live.model, InMemoryWeights(dict(saved["weights"])), engine.store)
+    load_weights(live.model, weights_in_memory(dict(saved["weights"])), engine.store)
     for key, values in saved["slots"].items():
         name, _, slot = key.rpartition(":")
         engine.store.write_slot(live.optimizer, parameters[name], slot, values)
@@ -264,7 +264,7 @@ def through_the_switch(engine: Engine, expected: Tensors) -> tuple[TrainState, d
 
     engine.release(full)
     still = weights_of(engine, full)
-    handover = ModelWeights(full.model, engine.store)
+    handover = model_weights(full.model, engine.store)
     del full
     gc.collect()
     num_state_left = sum(not there.expired() for there in old_state)
