@@ -1,7 +1,7 @@
 """Read checkpoints. Whether one is complete, damaged or absent is settled before anything is built from it."""
 
 import json
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +24,7 @@ from relora.checkpoint.format import (
     TensorManifest,
     format_problem,
 )
-from relora.checkpoint.state import State
+from relora.checkpoint.state import State, Weights
 from relora.config import UserError
 from relora.engines.entry import STATE_PREFIX, state_prefix
 from relora.files import sha256_of
@@ -53,33 +53,6 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.places)
-
-    @property
-    def names(self) -> Set[str]:
-        return self.keys()
-
-    def take(self, name: str) -> Tensor:
-        return self[name]
-
-
-class MomentFiles(Mapping[str, Mapping[str, Tensor]]):
-    """Optimizer moments on disk, stored as `<parameter>:<slot>`: parameter -> slot -> tensor."""
-
-    def __init__(self, tensors: TensorFiles) -> None:
-        self.tensors = tensors
-        self.slots: dict[str, list[str]] = {}
-        for key in tensors:
-            name, _, slot = key.rpartition(":")
-            self.slots.setdefault(name, []).append(slot)
-
-    def __getitem__(self, name: str) -> Mapping[str, Tensor]:
-        return {slot: self.tensors[f"{name}:{slot}"] for slot in self.slots[name]}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.slots)
-
-    def __len__(self) -> int:
-        return len(self.slots)
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
@@ -140,15 +113,23 @@ def open_checkpoint(folder: Path, *, state_index: int = 0) -> State:
         # "process-1/..." is wanted by process 1 alone, a plain name by process 0 alone.
         if group not in PER_PROCESS or name.startswith(prefix or STATE_PREFIX) == bool(prefix):
             groups[group][name] = file
-    weights = groups[BASE] | groups[BUFFERS] | groups[TRAINED]
+    weights = TensorFiles(folder, groups[BASE] | groups[BUFFERS] | groups[TRAINED], prefix=prefix)
+    slots: dict[str, dict[str, str]] = {}
+    for name, file in groups[MOMENTS].items():
+        parameter = name.rpartition(":")[0]  # process-1/model.norm.weight:exp_avg
+        slots.setdefault(parameter, {})[name] = file
+    moments = {
+        parameter.removeprefix(prefix): TensorFiles(folder, files, prefix=f"{parameter}:")
+        for parameter, files in slots.items()
+    }
     return State(
         step=manifest.step,
         skipped=manifest.skipped,
         stage=manifest.stage,
         cycle=manifest.cycle,
-        weights=TensorFiles(folder, weights, prefix=prefix),
+        weights=Weights(weights.keys(), weights.__getitem__),
         quantized=TensorFiles(folder, groups[QUANTIZED], suffix=QUANTIZED_SUFFIX),
-        moments=MomentFiles(TensorFiles(folder, groups[MOMENTS], prefix=prefix)),
+        moments=moments,
         steps=manifest.steps,
         evaluated=manifest.evaluated,
         state_index=state_index,

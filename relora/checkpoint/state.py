@@ -4,41 +4,31 @@ A start, a resume, the switch between two stages, a change of engine or of the n
 state -> build -> train.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from torch import Tensor
 
 from relora.method.choices import StageName
 
 
-class Weights(Protocol):
-    """Tensors by canonical name, in full shapes."""
+@dataclass(frozen=True)
+class Weights:
+    """Tensors by canonical name, in full shapes.
 
-    @property
-    def names(self) -> Set[str]:
-        """The names of all tensors."""
+    Attributes:
+        names: the names of all tensors.
+        take: gives one tensor, once: it may be released when it has been taken. Collective where processes send tensors
+            to each other: all take all of them, in the same order.
+    """
 
-    def take(self, name: str) -> Tensor:
-        """One tensor, once: it may be released when it has been taken.
-
-        Collective where processes send tensors to each other: all take all of them, in the same order.
-        """
+    names: Set[str]
+    take: Callable[[str], Tensor]
 
 
-class InMemoryWeights:
-    """Weights in memory, each released when it is taken."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        self.tensors = tensors
-
-    @property
-    def names(self) -> Set[str]:
-        return self.tensors.keys()
-
-    def take(self, name: str) -> Tensor:
-        return self.tensors.pop(name)
+def weights_in_memory(tensors: dict[str, Tensor]) -> Weights:
+    """Weights that are released from `tensors` as they are taken."""
+    return Weights(tensors.keys(), tensors.pop)
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,7 @@ class State:
     skipped: int = 0
     stage: StageName | None = None
     cycle: int = 0
-    weights: Weights = field(default_factory=lambda: InMemoryWeights({}))
+    weights: Weights = field(default_factory=lambda: weights_in_memory({}))
     quantized: Mapping[str, Tensor] = field(default_factory=dict)
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     steps: Mapping[str, float] = field(default_factory=dict)

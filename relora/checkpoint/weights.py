@@ -1,13 +1,13 @@
 """From canonical tensors to a model, for training and for export."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from relora.checkpoint.state import InMemoryWeights, State, Weights
+from relora.checkpoint.state import State, Weights
 from relora.config import Config, ModelSection, UserError
 from relora.engines.world import World
 from relora.method.inject import inject_lora, merge_lora
@@ -78,38 +78,30 @@ def _merged(state: State, section: ModelSection, hf_config: PretrainedConfig, lo
     return model
 
 
-def first_weights(config: Config, hf_config: PretrainedConfig, world: World) -> "BroadcastWeights":
-    """The weights that a run begins with, drawn or downloaded by process 0 alone."""
+def first_weights(config: Config, hf_config: PretrainedConfig, world: World) -> Weights:
+    """The weights that a run begins with, drawn or downloaded by process 0 alone; taking one sends it to all."""
     if world.process_index == 0:
         model = build_model(config.model, hf_config, seed=config.seed)
     else:
         model = skeleton(config.model, hf_config)
     tensors = {name: parameter.detach() for name, parameter in named_parameters(model).items()}
-    return BroadcastWeights(tensors | persistent_buffers(model), world)
+    return broadcast_weights(tensors | persistent_buffers(model), world)
 
 
-class BroadcastWeights(InMemoryWeights):
-    """Weights in the memory of process 0; taking one sends it to all."""
+def broadcast_weights(tensors: dict[str, Tensor], world: World) -> Weights:
+    """Weights in the memory of process 0; elsewhere `tensors` only have their shapes and dtypes."""
 
-    def __init__(self, tensors: dict[str, Tensor], world: World) -> None:
-        super().__init__(tensors)
-        self.world = world
+    def take(name: str) -> Tensor:
+        return world.broadcast(tensors.pop(name), 0)
 
-    def take(self, name: str) -> Tensor:
-        return self.world.broadcast(super().take(name), 0)
+    return Weights(tensors.keys(), take)
 
 
-class ModelWeights:
+def model_weights(model: nn.Module, store: Store) -> Weights:
     """The weights of a model whose stage has ended, each released when it is taken."""
+    parameters, buffers = named_parameters(model), persistent_buffers(model)
 
-    def __init__(self, model: nn.Module, store: Store) -> None:
-        self.store = store
-        self.parameters = named_parameters(model)
-        self.buffers = persistent_buffers(model)
+    def take(name: str) -> Tensor:
+        return buffers.pop(name) if name in buffers else store.read(parameters.pop(name))
 
-    @property
-    def names(self) -> Set[str]:
-        return self.parameters.keys() | self.buffers.keys()
-
-    def take(self, name: str) -> Tensor:
-        return self.buffers.pop(name) if name in self.buffers else self.store.read(self.parameters.pop(name))
+    return Weights(parameters.keys() | buffers.keys(), take)

@@ -37,8 +37,8 @@ def test_base_weights_are_written_once_a_cycle(run: Path) -> None:
 
 def test_names_and_shapes_are_canonical(run: Path) -> None:
     state = open_checkpoint(complete_checkpoints(run / "checkpoints")[-1])
-    assert state.weights["model.layers.0.mlp.up_proj.weight"].shape == (48, 32)
-    assert state.weights["model.layers.0.mlp.up_proj.lora_A"].shape == (4, 32)
+    assert state.weights.take("model.layers.0.mlp.up_proj.weight").shape == (48, 32)
+    assert state.weights.take("model.layers.0.mlp.up_proj.lora_A").shape == (4, 32)
     assert set(state.moments["model.layers.1.self_attn.q_proj.lora_B"]) == {"exp_avg", "exp_avg_sq"}
     assert state.steps["model.norm.weight"] == 8, "full modules keep their step count over restarts"
     assert state.steps["model.layers.0.mlp.up_proj.lora_A"] == 2, "the last restart was two updates ago"
@@ -70,9 +70,9 @@ def test_many_small_files_hold_the_same(
         open_checkpoint(complete_checkpoints(Path(folder) / "checkpoints")[-1]) for folder in (run, tree["output_dir"])
     )
     assert len(list((Path(tree["output_dir"]) / "checkpoints" / "step-00000012").glob("base-*"))) > 3
-    assert whole.weights.keys() == split.weights.keys()
-    for name in whole.weights:
-        assert torch.equal(whole.weights[name], split.weights[name])
+    assert whole.weights.names == split.weights.names
+    for name in whole.weights.names:
+        assert torch.equal(whole.weights.take(name), split.weights.take(name))
 
 
 def test_every_parameter_is_there(run: Path) -> None:
@@ -85,7 +85,7 @@ def test_every_parameter_is_there(run: Path) -> None:
     model = skeleton(config.model, load_hf_config(config.model))
     inject_lora(model, lora_config(config))
     state = open_checkpoint(complete_checkpoints(run / "checkpoints")[-1])
-    assert state.weights.keys() == named_parameters(model).keys()
+    assert state.weights.names == named_parameters(model).keys()
 
 
 def test_a_damaged_file_is_named(run: Path) -> None:

@@ -733,6 +733,11 @@ DAMAGE: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: _change_manifest(format=7),
         f"<...>{CHECKPOINT}: checkpoint format 7, this version reads 2",
     ),
+    "format of the first version": (
+        lambda: _change_manifest(format=1, stage="relora", samples_seen=8),
+        f"{CHECKPOINT}: checkpoint format 1, written by relora 0.1; finish or export the run with relora 0.1, or start "
+        "anew from its final model with model.name_or_path",
+    ),
     "config.yaml of the run": (
         lambda: Path("run/config.yaml").write_text("a: [b"),
         "run/config.yaml: <...>while parsing a flow sequence<...>",
