@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from relora.checkpoint.load import open_checkpoint, open_states
 from relora.config import UserError, check
+from relora.engines import resume_problems
 from relora.engines.local_sgd import OuterOptimizer
 from relora.train.train import train
 from tests.checkpoint.test_resume import stopped
@@ -100,6 +101,19 @@ def test_another_number_of_processes_goes_on_from_a_meeting_only(run: Path, tmp_
     theirs = only(metrics(tmp_path / "meeting"), "eval_loss")
     assert theirs[END] == pytest.approx(only(metrics(run), "eval_loss")[END], abs=0.5)
     assert theirs[END] < only(metrics(run), "eval_loss")[0] - 1
+
+
+@pytest.mark.parametrize(
+    ("step", "num_processes", "is_refused"),
+    [(7, 1, True), (7, 3, True), (7, 2, False), (EVERY, 1, False), (END, 3, False), (0, 1, False)],
+)
+def test_other_processes_resume_at_restarts_only(step: int, num_processes: int, is_refused: bool, corpus: Path) -> None:
+    tree = apart(corpus, corpus / "nowhere", warm_start_steps=0)
+    problems = resume_problems(check(tree), step, 2, num_processes)
+    assert len(problems) == is_refused
+    assert all(f"the checkpoint of step {step} holds the state of 2 processes" in line for line in problems)
+    step_by_step = tree | {"relora": {"restart_every": EVERY}}
+    assert resume_problems(check(step_by_step), step, 2, num_processes) == []
 
 
 def test_the_share_of_a_rank_is_its_own(run: Path) -> None:

@@ -1,0 +1,193 @@
+"""The examples of docs/extending.md: each trains, restarts, and resumes to the same weights as without a stop."""
+
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from relora.config import check
+from relora.files import sha256_of
+from relora.train.train import train
+from tests.helpers.launch import accelerate, written
+from tests.helpers.programs import ROOT
+from tests.helpers.tiny import all_metrics, metrics, only, settings
+
+PAGE = ROOT / "docs" / "extending.md"
+STOP_STEP = 8  # after the restart at 7, before the one at 10
+LAST_STEP = 12
+
+
+@dataclass(frozen=True)
+class Example:
+    """One section of the page."""
+
+    file: str
+    code: str
+    keys: dict[str, dict[str, Any]]
+
+
+def examples() -> dict[str, Example]:
+    """The sections of the page by title: the python block names its file in its first line, the yaml block has the keys."""
+    found = {}
+    for section in PAGE.read_text(encoding="utf-8").split("\n## ")[1:]:
+        [code] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+        [keys] = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+        path = re.match(r"# (my_project/\w+\.py)\n", code)
+        assert path is not None, section.splitlines()[0]
+        found[section.splitlines()[0]] = Example(path[1], code, yaml.safe_load(keys))
+    return found
+
+
+EXAMPLES = examples()
+# The engine needs two processes and has a test of its own. A sink changes nothing of the training.
+IN_ONE_PROCESS = [title for title in EXAMPLES if title != "An engine"]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with my_project in it, on the path."""
+    folder = tmp_path_factory.mktemp("project")
+    for example in EXAMPLES.values():
+        path = folder / example.file
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(example.code, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield folder
+    for name in [name for name in sys.modules if name.partition(".")[0] == "my_project"]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def plain_losses(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """The losses of the tiny run without any example."""
+    tree = settings(corpus, tmp_path_factory.mktemp("plain") / "run")
+    train(check(tree))
+    return only(metrics(tree["output_dir"]), "loss")
+
+
+def settings_with(title: str, corpus: Path, run: Path) -> dict[str, Any]:
+    """The settings of the tiny run and, over them, the keys of the example."""
+    tree = settings(corpus, run)
+    for section, keys in EXAMPLES[title].keys.items():
+        tree[section] |= keys
+    return tree
+
+
+def stopped(tree: dict[str, Any], run: Path) -> dict[str, Any]:
+    """A copy of a finished run as if killed before the checkpoint after STOP_STEP, with all its metrics written."""
+    shutil.copytree(tree["output_dir"], run)
+    shutil.rmtree(run / "final")
+    for checkpoint in (run / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > STOP_STEP:
+            shutil.rmtree(checkpoint)
+    return tree | {"output_dir": str(run)}
+
+
+def hashes(run: Path) -> dict[str, str]:
+    """Of all tensors of the newest checkpoint and the final model."""
+    folders = (run / "final", run / "checkpoints" / f"step-{LAST_STEP:08d}")
+    return {str(file.relative_to(run)): sha256_of(file) for folder in folders for file in folder.glob("*.safetensors")}
+
+
+def test_the_page_has_an_example_of_each_kind() -> None:
+    keys = {
+        f"{section}.{key}" for example in EXAMPLES.values() for section, of_it in example.keys.items() for key in of_it
+    }
+    kinds = ("optim.name", "relora.reinit", "relora.optimizer_reset")
+    more = ("training.report_to", "data.sources", "training.task", "training.engine")
+    assert {*kinds, *more} <= keys
+    assert len(EXAMPLES) == len({*kinds, *more})
+
+
+@pytest.mark.usefixtures("project")
+@pytest.mark.parametrize("title", IN_ONE_PROCESS)
+def test_an_example_trains_restarts_and_resumes(
+    title: str, corpus: Path, plain_losses: dict[int, float], tmp_path: Path
+) -> None:
+    tree, whole, resumed = settings_with(title, corpus, tmp_path / "whole"), tmp_path / "whole", tmp_path / "resumed"
+    train(check(tree))
+    lines = metrics(whole)
+    assert list(only(lines, "restart")) == [7, 10]
+    losses = only(lines, "loss")
+    assert list(losses) == list(range(1, LAST_STEP + 1))
+    # The example is in effect: it trains otherwise than its absence does, unless it only watches.
+    assert (losses == plain_losses) == (title == "A metric sink")
+
+    train(check(stopped(tree, resumed)))
+    assert metrics(resumed) == lines
+    assert len(hashes(whole)) >= 2
+    assert hashes(resumed) == hashes(whole)
+
+
+@pytest.mark.usefixtures("project")
+def test_the_optimizer_learns_and_a_restart_clears_its_state(corpus: Path, tmp_path: Path) -> None:
+    train(check(settings_with("An optimizer", corpus, tmp_path / "run")))
+    lines = metrics(tmp_path / "run")
+    losses = only(lines, "loss")
+    assert losses[LAST_STEP] < losses[1] - 0.05
+    assert set(only(lines, "optimizer_zeroed_fraction").values()) == {1.0}
+
+
+@pytest.mark.usefixtures("project")
+def test_the_reinit_with_B_keeps_the_function(corpus: Path, tmp_path: Path) -> None:
+    train(check(settings_with("A reinit policy", corpus, tmp_path / "run")))
+    lines = metrics(tmp_path / "run")
+    before, after = only(lines, "probe_loss_before"), only(lines, "probe_loss_after")
+    assert list(before) == [7, 10]
+    assert all(abs(before[step] - after[step]) < 1e-4 for step in before)
+
+
+@pytest.mark.usefixtures("project")
+def test_the_reset_clears_the_share_that_the_settings_ask_for(corpus: Path, tmp_path: Path) -> None:
+    tree = settings_with("A reset policy", corpus, tmp_path / "run")
+    train(check(tree))
+    # At least prune_ratio: a moment may have had zeros before. r and widths of the tiny model are even.
+    for fraction in only(metrics(tmp_path / "run"), "optimizer_zeroed_fraction").values():
+        assert tree["relora"]["prune_ratio"] <= fraction < 1
+
+
+@pytest.mark.usefixtures("project")
+def test_the_sink_has_each_loss_once_after_a_resume(corpus: Path, tmp_path: Path) -> None:
+    tree = settings_with("A metric sink", corpus, tmp_path / "whole")
+    train(check(tree))
+    written_losses = (tmp_path / "whole" / "loss.csv").read_text()
+    losses = only(metrics(tmp_path / "whole"), "loss")
+    assert written_losses.splitlines() == [f"{step},{loss}" for step, loss in losses.items()]
+    train(check(stopped(tree, tmp_path / "resumed")))
+    assert (tmp_path / "resumed" / "loss.csv").read_text() == written_losses
+
+
+@pytest.mark.usefixtures("project")
+def test_the_source_reports_its_own_mistakes(corpus: Path, tmp_path: Path) -> None:
+    from relora.errors import UserError
+
+    tree = settings_with("A kind of data source", corpus, tmp_path / "run")
+    tree["data"]["sources"] = [tree["data"]["sources"][0] | {"name": "many"}]
+    with pytest.raises(UserError, match="name = many: must be the number of documents"):
+        train(check(tree))
+
+
+def test_the_engine_halves_the_gradients_that_travel(
+    corpus: Path, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(project), str(ROOT)]))
+    accelerate("ddp_cpu", written(settings(corpus, tmp_path / "ddp"), tmp_path))
+    accelerate("ddp_cpu", written(settings_with("An engine", corpus, tmp_path / "fp16"), tmp_path))
+    sent = {name: bytes_sent_in_an_update(tmp_path / name) for name in ("ddp", "fp16")}
+    assert 0.45 * sent["ddp"] < sent["fp16"] < 0.55 * sent["ddp"]
+    losses = {name: only(metrics(tmp_path / name), "loss") for name in ("ddp", "fp16")}
+    assert losses["fp16"] != losses["ddp"]
+    assert losses["fp16"][LAST_STEP] == pytest.approx(losses["ddp"][LAST_STEP], abs=0.05)
+
+
+def bytes_sent_in_an_update(run: Path) -> int:
+    """Of the last update, a low-rank one."""
+    return int(only([line for line in all_metrics(run) if "loss" in line], "bytes_sent")[LAST_STEP])
