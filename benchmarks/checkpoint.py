@@ -33,6 +33,7 @@ from relora.checkpoint.state import State
 from relora.config import Config, check
 from relora.engines import Engine, TrainState, connect
 from relora.model.model import load_hf_config
+from relora.model.tasks import task_of
 from relora.train.stages import Stage, build
 
 OVER_FLOOR = 1.25
@@ -94,7 +95,7 @@ def limits_of(found: dict[str, Any]) -> list[Limit]:
 
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     config = check(settings(options))
-    hf_config, engine = load_hf_config(config.model), connect(config)
+    hf_config, engine = load_hf_config(config.model, task_of(config)), connect(config)
     how: dict[str, Any] = {"config": config, "hf_config": hf_config, "engine": engine}
     timings = {name: Timing() for name in (FIRST, LATER, WRITE, HASH, READ, VERIFY, BUILD)}
     live = build(STAGE, State(), **how)

@@ -20,7 +20,8 @@ from relora.config.schema import DataSection, ModelSection, SourceSection
 from relora.data import PreparedData, prepare
 from relora.data.sources import StdlibSource
 from relora.data.tokenize import usable_cores
-from relora.model.model import build_model, load_hf_config, token_losses
+from relora.model.model import build_model, load_hf_config
+from relora.model.tasks import CausalLM
 
 VOCAB_SIZE = 32_000
 PREPARING, FINDING, READING = "prepare, MB/s per process", "find sample 10**9, us", "reading, % of that step"
@@ -111,7 +112,8 @@ def reading(prepared: PreparedData, data: DataSection) -> dict[str, float]:
 def share_of_a_step(prepared: PreparedData, data: DataSection, rounds: int = 5) -> dict[str, float]:
     """Reading against training on what was read, in turn, medians: the machine's drift hits both."""
     section = ModelSection(config=str(Path(__file__).parents[1] / "configs" / "models" / "llama_9m.json"))
-    model = build_model(section, load_hf_config(section), seed=0)
+    task = CausalLM()
+    model = build_model(section, load_hf_config(section, task), task, seed=0)
     inject_lora(model, LoRAConfig(r=32, modules_to_save="rest"))
     optimizer, samples = build_optimizer(model), prepared.samples(data, seed=0)
     reading_s, training_s = [], []
@@ -119,7 +121,7 @@ def share_of_a_step(prepared: PreparedData, data: DataSection, rounds: int = 5) 
         began = time.perf_counter()
         batch = samples.__getitems__(range(16 * number, 16 * number + 16))
         read = time.perf_counter()
-        token_losses(model, batch).backward()
+        task.loss(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
         reading_s.append(read - began)

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 
 from relora import LoRAConfig, build_optimizer
 from relora.config.schema import ModelSection
-from relora.method.base_weights import BaseDtype
-from relora.model.model import build_model, load_hf_config, num_label_tokens, token_losses
+from relora.method.choices import BaseDtype
+from relora.model.model import build_model, load_hf_config
 
+TASK = CausalLM()
 MAX_GRAD_NORM = 1.0
 Batch = dict[str, Tensor]
 
@@ -71,7 +72,7 @@ def model_section(options: argparse.Namespace) -> ModelSection:
 def build(options: argparse.Namespace) -> nn.Module:
     """The plain model, the same at every call."""
     section = model_section(options)
-    return build_model(section, load_hf_config(section), seed=0).to(device()).train()
+    return build_model(section, load_hf_config(section, TASK), TASK, seed=0).to(device()).train()
 
 
 def lora_config(options: argparse.Namespace) -> LoRAConfig:
@@ -101,7 +102,7 @@ def device() -> torch.device:
 
 def mean_loss(model: nn.Module, batch: Batch, *, bf16: bool) -> Tensor:
     with torch.autocast(device().type, dtype=torch.bfloat16, enabled=bf16):
-        return token_losses(model, batch) / num_label_tokens(batch)
+        return TASK.loss(model, batch) / TASK.num_labels(batch)
 
 
 def update(model: nn.Module, optimizer: Optimizer, batch: Batch, *, bf16: bool) -> Seconds:

@@ -74,10 +74,11 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
     from relora.config import check
     from relora.engines import connect
     from relora.model.model import load_hf_config
+    from relora.model.tasks import task_of
     from relora.train.stages import Stage, build, switch
 
     config = check(settings(hidden_size, num_layers))
-    hf_config, engine, table = load_hf_config(config.model), connect(config), dict[str, Phase]()
+    hf_config, engine, table = load_hf_config(config.model, task_of(config)), connect(config), dict[str, Phase]()
     full, low = Stage("full_rank", 2), Stage("low_rank", 10)
     how: dict[str, Any] = {"config": config, "hf_config": hf_config, "engine": engine}
     ids = torch.randint(1000, (1, 64), generator=torch.Generator().manual_seed(engine.world.process_index))

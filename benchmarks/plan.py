@@ -98,10 +98,11 @@ def predicted(stage: str, overrides: Sequence[str]) -> int:
     from relora.forecast.engine_costs import Launch
     from relora.forecast.memory import stage_memory, stage_model
     from relora.model.model import load_hf_config
+    from relora.model.tasks import task_of
     from relora.train.stages import Stage
 
     config = load_config(QUICKSTART, overrides)
-    hf_config, launch = load_hf_config(config.model), Launch("one", 1, on_gpu=False)
+    hf_config, launch = load_hf_config(config.model, task_of(config)), Launch("one", 1, on_gpu=False)
     what = Stage(stage, config.training.max_steps)
     dry_run = dry_run_update(what, config, hf_config, batch_size=config.training.per_device_batch_size)
     return stage_memory(what, config, launch, stage_model(what, config, hf_config), dry_run).peak
@@ -136,10 +137,11 @@ def train(stage: str, overrides: Sequence[str]) -> None:
     from relora.config import load_config
     from relora.engines import connect
     from relora.model.model import load_hf_config
+    from relora.model.tasks import task_of
     from relora.train.stages import Stage, build
 
     config = load_config(QUICKSTART, overrides)
-    hf_config, engine = load_hf_config(config.model), connect(config)
+    hf_config, engine = load_hf_config(config.model, task_of(config)), connect(config)
     what = Stage(stage, config.training.max_steps)
     live = build(what, State(), config=config, hf_config=hf_config, engine=engine)
     shape = (config.training.per_device_batch_size, config.data.sequence_length)

@@ -8,13 +8,16 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from relora.checkpoint.state import State, Weights
-from relora.config import Config, ModelSection, UserError
+from relora.config import Config, UserError
+from relora.config.derived import lora_config
+from relora.engines import Engine
 from relora.engines.world import World
 from relora.method.inject import inject_lora, merge_lora
-from relora.method.lora import LoRAConfig, factor_names
+from relora.method.lora import factor_names
 from relora.method.names import canonical, named_parameters
 from relora.method.store import Store, TorchStore
 from relora.model.model import build_model, empty_model, skeleton
+from relora.model.tasks import Task
 
 
 def persistent_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -51,15 +54,13 @@ def load_weights(model: nn.Module, weights: Weights, store: Store, *, factors: b
             store.write(parameters[name], values)
 
 
-def merged_model(
-    states: Sequence[State], section: ModelSection, hf_config: PretrainedConfig, lora: LoRAConfig
-) -> PreTrainedModel:
+def merged_model(states: Sequence[State], config: Config, hf_config: PretrainedConfig, task: Task) -> PreTrainedModel:
     """The plain model in float32 on the CPU that computes what the run computes.
 
     Args:
         states: the state of the run, or of each of the processes that train apart: the result is their mean.
     """
-    models = (_merged(state, section, hf_config, lora) for state in states)
+    models = (_merged(state, config, hf_config, task) for state in states)
     mean = next(models)
     for count, model in enumerate(models, start=2):
         for parameter, other in zip(mean.parameters(), model.parameters(), strict=True):
@@ -67,25 +68,25 @@ def merged_model(
     return mean.eval()
 
 
-def _merged(state: State, section: ModelSection, hf_config: PretrainedConfig, lora: LoRAConfig) -> PreTrainedModel:
+def _merged(state: State, config: Config, hf_config: PretrainedConfig, task: Task) -> PreTrainedModel:
     """The plain model of one state."""
-    model = empty_model(section, hf_config)
+    model = empty_model(config.model, hf_config, task)
     if state.stage == "low_rank":
-        inject_lora(model, replace(lora, base_dtype=None))  # a checkpoint holds the exact weights
+        inject_lora(model, replace(lora_config(config), base_dtype=None))  # a checkpoint holds the exact weights
     load_weights(model, state.weights, TorchStore())
     if state.stage == "low_rank":
         merge_lora(model)
     return model
 
 
-def first_weights(config: Config, hf_config: PretrainedConfig, world: World) -> Weights:
+def first_weights(config: Config, hf_config: PretrainedConfig, engine: Engine) -> Weights:
     """The weights that a run begins with, drawn or downloaded by process 0 alone; taking one sends it to all."""
-    if world.process_index == 0:
-        model = build_model(config.model, hf_config, seed=config.seed)
+    if engine.world.process_index == 0:
+        model = build_model(config.model, hf_config, engine.task, seed=config.seed)
     else:
-        model = skeleton(config.model, hf_config)
+        model = skeleton(config.model, hf_config, engine.task)
     tensors = {name: parameter.detach() for name, parameter in named_parameters(model).items()}
-    return broadcast_weights(tensors | persistent_buffers(model), world)
+    return broadcast_weights(tensors | persistent_buffers(model), engine.world)
 
 
 def broadcast_weights(tensors: dict[str, Tensor], world: World) -> Weights:

@@ -7,9 +7,8 @@ from torch import Tensor
 
 from relora.commands.load_model import load, run_of
 from relora.config import Config, UserError, raise_if_any
-from relora.data import amount_problems, eval_batches, unigram_entropy
+from relora.data import Batch, amount_problems, eval_batches, unigram_entropy
 from relora.data import prepare as prepare_tokens
-from relora.engines import Batch
 from relora.model.model import vocab_size_of
 from relora.model.tasks import Task, task_of
 from relora.train.evaluate import summed_losses
@@ -67,9 +66,9 @@ def held_out(run_or_model: str, config: Config | None = None) -> HeldOut:
     )
     raise_if_any(amount_problems(data, settings.data))
     batch_size = settings.training.per_device_eval_batch_size or settings.training.per_device_batch_size
-    batches = eval_batches(data, settings.data, batch_size=batch_size)
-    loss, labels = summed_losses(lambda batch: _loss(model, batch, task, settings), batches)
-    entropy = unigram_entropy(data, settings.data)
+    batches = eval_batches(data, settings.data, batch_size=batch_size, make_batch=task.make_batch)
+    loss, labels = summed_losses(task, lambda batch: _loss(model, batch, task, settings), batches)
+    entropy = unigram_entropy(data, settings.data, targets=task.targets, make_batch=task.make_batch)
     return HeldOut(loss / labels, labels, entropy, task.metrics(loss / labels))
 
 

@@ -5,13 +5,12 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from relora.checkpoint.load import complete_checkpoints, open_shares, verify_checkpoint
+from relora.checkpoint.load import checkpoint_problems, complete_checkpoints, open_states
 from relora.checkpoint.run_folder import RunFolder
 from relora.checkpoint.weights import merged_model
 from relora.config import Config, UserError, load_config, raise_if_any
-from relora.config.derived import lora_config
 from relora.files import looks_like_a_path
-from relora.model.model import first_lines, read_hf_config, without_cache
+from relora.model.model import first_lines, load_hf_config, without_cache
 from relora.model.tasks import CausalLM, Task, task_of
 
 
@@ -35,11 +34,9 @@ def load_run(folder: RunFolder, step: int | None = None) -> tuple[PreTrainedMode
     """Load the model of a run from its newest checkpoint, or from that of `step`; UserError as `load`."""
     config = load_config(folder.config)
     checkpoint = find_checkpoint(folder, step)
-    verify_checkpoint(checkpoint)
-    hf_config, problems = read_hf_config(config.model, task_of(config))
-    raise_if_any(problems)
-    assert hf_config is not None
-    model = merged_model(open_shares(checkpoint), config.model, hf_config, lora_config(config))
+    raise_if_any(checkpoint_problems(checkpoint))
+    task = task_of(config)
+    model = merged_model(open_states(checkpoint), config, load_hf_config(config.model, task), task)
     return model, AutoTokenizer.from_pretrained(folder.tokenizer)
 
 

@@ -7,13 +7,14 @@ import torch
 
 from relora.config import Config, raise_if_any
 from relora.config.derived import accumulation_steps
-from relora.engines import launched_engine, launched_num_processes, launched_zero_stage
+from relora.engines import launched_engine, launched_num_processes
+from relora.engines.deepspeed_config import launched_zero_stage
 from relora.files import folder_problems, write_json
 from relora.forecast.dry_run import with_known_attention
 from relora.forecast.engine_costs import ENGINES, EngineName, Launch
 from relora.forecast.forecast import Forecast, forecast
 from relora.forecast.memory import RESERVED_SHARE
-from relora.model.model import read_hf_config
+from relora.model.model import load_hf_config
 from relora.model.tasks import task_of
 from relora.train.preflight import model_problems
 
@@ -43,9 +44,7 @@ def plan(
     except ValueError as error:
         problems.append(str(error))
     raise_if_any(problems)
-    hf_config, problems = read_hf_config(config.model, task_of(config))
-    raise_if_any(problems)
-    assert hf_config is not None
+    hf_config = load_hf_config(config.model, task_of(config))
     config = config.model_copy(update={"model": with_known_attention(config.model)})
     raise_if_any(model_problems(config, hf_config, task_of(config)))
     result = forecast(config, hf_config, launch, device_gib=device_gib)
@@ -63,7 +62,7 @@ def launch_of(engine: EngineName | None, num_processes: int | None) -> Launch:
                 engine = "fsdp2"
             case "deepspeed":
                 engine = ENGINES[ENGINES.index("zero1") + launched_zero_stage() - 1]
-            case "local":
+            case "ddp":
                 engine = "one" if n == 1 else "ddp"
     return Launch(engine, n, on_gpu=torch.cuda.is_available())
 

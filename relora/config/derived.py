@@ -45,15 +45,6 @@ def accumulation_steps(config: Config, num_processes: int) -> int:
     return config.training.global_batch_size // (config.training.per_device_batch_size * num_processes)
 
 
-def batch_problems(config: Config, num_processes: int) -> list[str]:
-    """One line if the global batch does not divide into per-device batches over `num_processes` processes."""
-    try:
-        accumulation_steps(config, num_processes)
-    except ValueError as error:
-        return [str(error)]
-    return []
-
-
 def lora_config(config: Config) -> LoRAConfig:
     """The settings of the wrapped layers; `auto` is resolved by whether the model is pretrained."""
     lora, pretrained = config.lora, config.model.name_or_path is not None

@@ -4,7 +4,6 @@ torch's FakeTensorMode gives every tensor its shape, dtype and lifetime, and no 
 model really allocates, whatever its architecture: autocast, checkpointing, masks and the loss included.
 """
 
-import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,15 +19,15 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 
 from relora.config import Config, ModelSection, UserError
-from relora.data.batches import NO_TOKENS
+from relora.data.batches import NO_TOKENS, Batch
 from relora.engines import TrainState, World
-from relora.engines.ddp import DDPEngine
-from relora.method import kernels
+from relora.engines.ddp import OneProcessEngine
+from relora.method.kernels import CPU_LAYOUT, GPU_LAYOUT, layout
 from relora.method.lora import lora_layers
 from relora.method.merge import merge_layer
 from relora.method.store import TorchStore
 from relora.model.model import empty_model, first_lines
-from relora.model.tasks import Batch, task_of
+from relora.model.tasks import task_of
 from relora.train.stages import Stage, make_trainable, optimizer_for
 
 
@@ -171,7 +170,7 @@ def dry_run_update(
         UserError: the model cannot compute without values: torch knows no shapes for one of its operations.
     """
     example = example_batch(config, batch_size)
-    with fake() as live, _kernel_layout(on_gpu=on_gpu), _packed_rows(possible=config.data.document_mask):
+    with fake() as live, layout(GPU_LAYOUT if on_gpu else CPU_LAYOUT), _packed_rows(possible=config.data.document_mask):
         model = fake_model(stage, config, hf_config)
         optimizer = optimizer_for(model, config)
         for group in optimizer.param_groups:
@@ -211,8 +210,9 @@ class OneProcess:
 
 def run_update(model: nn.Module, optimizer: Optimizer, config: Config, batch: Batch) -> None:
     """One update by the engine of a single process."""
-    engine = DDPEngine(
+    engine = OneProcessEngine(
         cast(World, OneProcess()),
+        task_of(config),
         mixed_precision=config.training.mixed_precision,
         max_grad_norm=config.optim.max_grad_norm,
     )
@@ -265,18 +265,6 @@ def merge_temporaries(model: nn.Module, live: LiveBytes) -> int:
     level = live.restart()
     merge_layer(largest, store)
     return max(other for other, _ in live.history) - level
-
-
-@contextmanager
-def _kernel_layout(*, on_gpu: bool) -> Iterator[None]:
-    """Let the kernels form W + delta as on a GPU, in one piece and without gaps, although fake tensors are on a CPU."""
-    before = kernels.BLOCK_ROWS, kernels.LINE_BYTES
-    if on_gpu:
-        kernels.BLOCK_ROWS, kernels.LINE_BYTES = sys.maxsize, 1
-    try:
-        yield
-    finally:
-        kernels.BLOCK_ROWS, kernels.LINE_BYTES = before
 
 
 @contextmanager

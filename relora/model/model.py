@@ -13,17 +13,16 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from relora.config import Config, DataSection, ModelSection, UserError, raise_if_any
+from relora.config import Config, ModelSection, UserError, raise_if_any
 from relora.files import looks_like_a_path
 from relora.model.liger import liger_problems
-from relora.model.tasks import CausalLM, Task
+from relora.model.tasks import Task
 
 # Inductor aligns rows to cache lines on GPUs only, though the products of a CPU need it too (`kernels.product`).
 COMPILE_OPTIONS = {"disable_padding_cpu": False}
-CAUSAL_LM: Task = CausalLM()
 
 
-def read_hf_config(section: ModelSection, task: Task = CAUSAL_LM) -> tuple[PretrainedConfig | None, list[str]]:
+def read_hf_config(section: ModelSection, task: Task) -> tuple[PretrainedConfig | None, list[str]]:
     """Read the Hugging Face config of the model: a JSON file, an inline mapping, or that of a pretrained model.
 
     Returns:
@@ -41,7 +40,7 @@ def read_hf_config(section: ModelSection, task: Task = CAUSAL_LM) -> tuple[Pretr
 
 
 def read_skeleton(
-    section: ModelSection, hf_config: PretrainedConfig, task: Task = CAUSAL_LM
+    section: ModelSection, hf_config: PretrainedConfig, task: Task
 ) -> tuple[PreTrainedModel | None, list[str]]:
     """Build the model without memory, on the meta device, for its names and shapes.
 
@@ -83,15 +82,13 @@ def first_lines(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300] if lines else type(error).__name__
 
 
-def skeleton(section: ModelSection, hf_config: PretrainedConfig, task: Task = CAUSAL_LM) -> PreTrainedModel:
+def skeleton(section: ModelSection, hf_config: PretrainedConfig, task: Task) -> PreTrainedModel:
     """The model without memory, on the meta device: for its names and shapes."""
     with torch.device("meta"):
         return _from_config(section, hf_config, task)
 
 
-def build_model(
-    section: ModelSection, hf_config: PretrainedConfig, task: Task = CAUSAL_LM, *, seed: int
-) -> PreTrainedModel:
+def build_model(section: ModelSection, hf_config: PretrainedConfig, task: Task, *, seed: int) -> PreTrainedModel:
     """The model in float32 on the CPU: pretrained, or drawn from `seed`, the same in every process.
 
     Raises:
@@ -114,7 +111,7 @@ def build_model(
     return without_cache(model)
 
 
-def empty_model(section: ModelSection, hf_config: PretrainedConfig, task: Task = CAUSAL_LM) -> PreTrainedModel:
+def empty_model(section: ModelSection, hf_config: PretrainedConfig, task: Task) -> PreTrainedModel:
     """The model in float32 on the CPU with uninitialized parameters, which take no memory yet.
 
     The system provides a page of memory when it is first written to. An engine that shards the parameters only ever
@@ -222,20 +219,9 @@ def _read_json(path: str) -> tuple[dict[str, Any], list[str]]:
     return mapping, []
 
 
-# --- Former names, until their callers have moved to read_hf_config, Task, setting_of and first_lines.
-
-said_of, refusal = setting_of, first_lines
-token_losses, num_label_tokens, attention_problems = CAUSAL_LM.loss, CAUSAL_LM.num_labels, CAUSAL_LM.leaks
-
-
-def load_hf_config(section: ModelSection) -> PretrainedConfig:
-    """`read_hf_config`, its problems raised as a UserError."""
-    config, found = read_hf_config(section)
+def load_hf_config(section: ModelSection, task: Task) -> PretrainedConfig:
+    """The Hugging Face config of the model; UserError with the problems of `read_hf_config`."""
+    config, found = read_hf_config(section, task)
     raise_if_any(found)
     assert config is not None
     return config
-
-
-def model_problems(model: PreTrainedModel, data: DataSection) -> list[str]:
-    """`CausalLM.problems`, for the settings of the data alone."""
-    return CAUSAL_LM.problems(model, Config(output_dir="unused", data=data))

@@ -17,12 +17,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from relora.config import Config, UserError
 from relora.data import batches as data_batches
-from relora.data.batches import IGNORED_LABEL
+from relora.data.batches import IGNORED_LABEL, Batch
 from relora.data.token_stream import Row
 from relora.method.registry import resolve
 from relora.model.loss import summed_cross_entropy
-
-Batch = Mapping[str, Tensor]
 
 
 class Task(ABC):
@@ -51,9 +49,7 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def make_batch(
-        self, rows: Sequence[Row], sequence_length: int, *, eos_id: int, document_mask: bool
-    ) -> dict[str, Tensor]:
+    def make_batch(self, rows: Sequence[Row], sequence_length: int, *, eos_id: int, document_mask: bool) -> Batch:
         """Rows of tokens -> the batch that `inputs` and `targets` read, on the CPU.
 
         Args:
@@ -107,9 +103,7 @@ class CausalLM(Task):
         """
         return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
 
-    def make_batch(
-        self, rows: Sequence[Row], sequence_length: int, *, eos_id: int, document_mask: bool
-    ) -> dict[str, Tensor]:
+    def make_batch(self, rows: Sequence[Row], sequence_length: int, *, eos_id: int, document_mask: bool) -> Batch:
         return data_batches.make_batch(rows, sequence_length, eos_id=eos_id, document_mask=document_mask)
 
     def metrics(self, loss: float) -> dict[str, float]:

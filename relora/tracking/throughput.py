@@ -175,7 +175,7 @@ class Meter:
         engine, factors = self._engine, factor_names(self._state.model)
         num_missing = 0
         for name, parameter in named_parameters(self._state.model).items():
-            is_sent = parameter.requires_grad and not engine.is_apart
+            is_sent = parameter.requires_grad and engine.reduces_gradients
             num_missing += engine.store.shape(parameter).numel() * ((name not in factors) - is_sent)
         return 4 * num_missing * engine.sent_per_gradient_byte(num_micro_batches)
 

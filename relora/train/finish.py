@@ -8,7 +8,6 @@ from relora.checkpoint.format import MANIFEST
 from relora.checkpoint.load import complete_checkpoints, open_states, read_manifest
 from relora.checkpoint.weights import merged_model
 from relora.config import UserError
-from relora.config.derived import lora_config
 from relora.config.yaml12 import dump
 from relora.data import unigram_entropy
 from relora.files import sha256_of
@@ -34,7 +33,7 @@ def finish(run: Run) -> str:
     results = run_results(run)
     if not is_finished(run):
         newest = complete_checkpoints(run.folder.checkpoints)[-1]
-        model = merged_model(open_states(newest), run.config.model, run.hf_config, lora_config(run.config))
+        model = merged_model(open_states(newest), run.config, run.hf_config, run.task)
         settings = dump(run.config.model_dump(mode="json"))
         files = {
             "README.md": model_card(run.folder.path.name, results=results, settings=settings),
@@ -64,7 +63,9 @@ def run_results(run: Run) -> dict[str, Any]:
         "tokens": step * training.global_batch_size * run.config.data.sequence_length,
         "skipped": read_manifest(complete_checkpoints(run.folder.checkpoints)[-1]).skipped,
         "eval_loss": eval_loss[step],
-        "unigram_entropy": unigram_entropy(run.data, run.config.data),
+        "unigram_entropy": unigram_entropy(
+            run.data, run.config.data, targets=run.task.targets, make_batch=run.task.make_batch
+        ),
     }
     if run.schedule.has_low_rank_stage and run.schedule.warm_start_steps:
         results["eval_loss_at_switch"] = eval_loss[run.schedule.warm_start_steps]

@@ -18,17 +18,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 import relora.data
 import relora.engines
 import relora.method.inject
+import relora.model.model
 from relora.checkpoint.run_folder import RunFolder, run_folder_problems
-from relora.config import Config, ModelSection, raise_if_any
+from relora.config import Config, raise_if_any
 from relora.config.derived import lora_config
 from relora.config.load import shown
 from relora.data import PreparedData, amount_problems, prepare
 from relora.engines import is_first_on_node, launched_num_processes
-from relora.errors import folder_problems
+from relora.files import folder_problems
 from relora.method.base_weights import quantization_problem
 from relora.method.parameter_report import parameter_report
-from relora.model.liger import liger_problems
-from relora.model.model import read_hf_config, refusal, said_of, skeleton
+from relora.model.model import read_hf_config, read_skeleton
 from relora.model.tasks import Task, task_of
 from relora.train.run import Run, run_identity
 from relora.train.stages import freeze_untrained
@@ -72,13 +72,11 @@ def launch_problems(config: Config) -> list[str]:
 
 def model_problems(config: Config, hf_config: PretrainedConfig, task: Task) -> list[str]:
     """What of the settings does not fit the model, tried on a copy of it without memory."""
-    try:
-        model = skeleton(config.model, hf_config)
-    except Exception as error:  # each architecture raises as it pleases
-        return [_building_problem(config.model, hf_config, error)]
+    model, problems = read_skeleton(config.model, hf_config, task)
+    if model is None:
+        return problems
     return [
-        *task.problems(model, config),
-        *liger_problems(config.model, hf_config),
+        *relora.model.model.problems(model, config, task),
         *(_trainable_problems(config, model) if config.training.method == "full" else _lora_problems(config, model)),
     ]
 
@@ -107,16 +105,6 @@ def _prepared_data(config: Config, hf_config: PretrainedConfig) -> PreparedData:
     )
     raise_if_any(amount_problems(data, config.data))
     return data
-
-
-def _building_problem(section: ModelSection, hf_config: PretrainedConfig, error: Exception) -> str:
-    """Why the model cannot be built: the attention kernel, if it can be built with another."""
-    try:
-        skeleton(section.model_copy(update={"attn_implementation": "eager"}), hf_config)
-    except Exception:
-        return f"{said_of(section)}: transformers cannot build the model: {refusal(error)}"
-    key = f"model.attn_implementation = {section.attn_implementation}"
-    return f"{key}: cannot be used here, eager can: {refusal(error)}"
 
 
 def _trainable_problems(config: Config, model: PreTrainedModel) -> list[str]:

@@ -53,12 +53,12 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
     """
     resumes = state.stage == stage.name
     # 1. The model as the stage trains it, still without values, and its optimizer, on the engine.
-    model = empty_model(config.model, hf_config)
+    model = empty_model(config.model, hf_config, engine.task)
     make_trainable(model, stage, config, draw_index=engine.draw_index)
     live = engine.prepare(model, lambda prepared: optimizer_for(prepared, config))
     place_masters(live.model, engine, folder=Path(config.output_dir) if config.lora.master == "disk" else None)
     # 2. Weights; the factors stay as they were drawn unless they come from this stage.
-    weights = first_weights(config, hf_config, engine.world) if state.stage is None else state.weights
+    weights = first_weights(config, hf_config, engine) if state.stage is None else state.weights
     load_weights(live.model, weights, engine.store, factors=resumes)
     if stage.is_low_rank and not resumes:
         start_factors(

@@ -80,9 +80,10 @@ def test_every_parameter_is_there(run: Path) -> None:
     from relora.config.derived import lora_config
     from relora.method.inject import inject_lora
     from relora.model.model import load_hf_config, skeleton
+    from relora.model.tasks import task_of
 
     config = load_config(run / "config.yaml")
-    model = skeleton(config.model, load_hf_config(config.model))
+    model = skeleton(config.model, load_hf_config(config.model, task_of(config)), task_of(config))
     inject_lora(model, lora_config(config))
     state = open_checkpoint(complete_checkpoints(run / "checkpoints")[-1])
     assert state.weights.names == named_parameters(model).keys()

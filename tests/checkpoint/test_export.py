@@ -17,7 +17,8 @@ from relora.config import check, load_config
 from relora.config.derived import lora_config
 from relora.method.inject import inject_lora
 from relora.method.store import TorchStore
-from relora.model.model import attention_problems, empty_model, load_hf_config
+from relora.model.model import empty_model, load_hf_config
+from relora.model.tasks import CausalLM, task_of
 from relora.train.train import train
 from tests.helpers.tiny import MODEL, metrics, only
 
@@ -27,7 +28,7 @@ GPT2 = {"model_type": "gpt2", "vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_
 def live_model(run: Path) -> PreTrainedModel:
     """The model as it trained: wrapped, its factors beside W."""
     config = load_config(run / "config.yaml")
-    model = empty_model(config.model, load_hf_config(config.model))
+    model = empty_model(config.model, load_hf_config(config.model, task_of(config)), task_of(config))
     inject_lora(model, lora_config(config))
     load_weights(model, open_checkpoint(complete_checkpoints(run / "checkpoints")[-1]).weights, TorchStore())
     return model.eval()
@@ -88,7 +89,7 @@ def test_eval_keeps_documents_apart(
     assert main(["eval", f"{tree['output_dir']}/final"]) == 0
     assert f"held-out loss {only(metrics(tree['output_dir']), 'eval_loss')[12]:.4f} nats" in capsys.readouterr().out
     # So short a run could agree to four decimals with a leak; this sees one at once.
-    assert attention_problems(load(f"{tree['output_dir']}/final")[0], 300, document_mask=True) == []
+    assert CausalLM().leaks(load(f"{tree['output_dir']}/final")[0], 300, document_mask=True) == []
 
 
 def test_a_sample_ends_where_the_positions_end(
