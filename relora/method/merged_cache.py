@@ -40,8 +40,9 @@ class MergedWeightCache:
     """Holds at most one W + delta of one layer.
 
     It is stale once an optimizer has made a step, or W, A or B was written or replaced. Steps are watched besides
-    torch's version counters because fused optimizers write without counting. A write through `.data` outside of a step
-    is not noticed: where parameters are written like that, set `LoRALinear.can_cache` to False.
+    torch's version counters because fused optimizers write without counting. Other writes that no counter sees are not
+    noticed (`.data`; a checkpoint loaded into a model that fully_shard has sharded): an engine that makes them sets
+    `LoRALinear.can_cache` to False.
     """
 
     def __init__(self, group: CacheGroup) -> None:

@@ -34,7 +34,16 @@ def test_a_grid_rounds_as_it_should(name: base_weights.BaseDtype, shape: tuple[i
     torch.testing.assert_close(weight_format.quantize(decoded), stored, rtol=0, atol=0)
 
 
-def test_a_missing_library_is_told_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["int8", "nf4"])
+def test_quantized_weights_are_the_same_in_every_dtype(name: base_weights.BaseDtype) -> None:
+    weight_format = WeightFormat(name, (32, 64))
+    stored = weight_format.quantize(torch.randn(32, 64))
+    in_float32 = weight_format.dequantize(stored, torch.float32)
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+        assert torch.equal(weight_format.dequantize(stored, dtype), in_float32.to(dtype))
+
+
+def test_a_missing_library_is_named_with_the_line_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base_weights.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(ModuleNotFoundError, match=r"nf4 needs bitsandbytes: pip install 'relora\[quantization\]'"):
         WeightFormat("nf4", (8, 8))

@@ -288,7 +288,7 @@ def test_added_to_a_rounded_output_they_are_lost() -> None:
     assert gain(layer, GAINS[0], autocast=True) < 0.8
 
 
-# --- what is kept for the backward pass ---------------------------------------------------------------------
+# --- what is saved for the backward pass --------------------------------------------------------------------
 
 
 @contextmanager
@@ -457,7 +457,7 @@ def counted_operations() -> Iterator[Counter[str]]:
     calls: Counter[str] = Counter()
 
     class Counting(TorchDispatchMode):  # type: ignore[misc]
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             calls[function.name()] += 1
             return function(*args, **(kwargs or {}))
 
@@ -486,6 +486,7 @@ def test_a_layout_can_be_set_for_the_cpu() -> None:
 # --- torch.compile ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("error:.*lru_cache")  # Dynamo warns of each that it meets
 @pytest.mark.parametrize(("route", "autocast"), [("merged", False), ("factored", False), ("factored", True)])
 def test_a_compiled_layer_is_one_graph_with_the_same_gradients(route: Any, autocast: bool) -> None:
     torch.compiler.reset()

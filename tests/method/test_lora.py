@@ -338,7 +338,7 @@ def test_a_layer_that_stands_in_two_places_is_refused() -> None:
     assert model[0] is model[2] is shared
 
 
-def test_all_that_is_wrong_is_told_at_once() -> None:
+def test_all_problems_are_listed_at_once() -> None:
     options = {"r": 33, "target_modules": ["lm_head", "q_porj"]}
     assert_refused("llama_tied", r"(?s)q_porj.*r = 33 exceeds.*lm_head is tied", options)
 
@@ -394,5 +394,5 @@ def test_an_optimizer_needs_something_to_train_and_a_name_it_knows() -> None:
         build_optimizer(toy(), name="sgd")
 
 
-def test_candidates_are_told_by_their_last_part() -> None:
+def test_candidates_are_listed_by_their_last_part() -> None:
     assert last_parts(["a.q", "b.q", "a.0", "k", "h.3.k"]) == ["k", "q"]

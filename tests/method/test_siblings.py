@@ -13,6 +13,9 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from relora import LoRAConfig, build_optimizer, inject_lora, merge_lora, restart
@@ -220,13 +223,58 @@ def test_the_first_that_the_model_calls_computes_all() -> None:
     assert calls == {3: 3}
 
 
-@pytest.mark.parametrize("mark", ["ds_id", "placements"])
-def test_sharded_parameters_are_left_to_their_own_layer(mark: str) -> None:
+def test_an_engine_can_switch_grouping_off_and_on() -> None:
     model = attention()
-    setattr(model.v_proj.weight, mark, 7)
+    for can_group, expected in ((False, {1: 3}), (True, {3: 1})):
+        model.k_proj.can_group = can_group
+        with counted_calls() as calls:
+            model(torch.randn(2, D))
+        assert calls == expected
+
+
+@pytest.mark.parametrize("which", ["weight", "bias", "lora_A", "lora_B"])
+@pytest.mark.parametrize("change", ["an empty shard", "another device", "a DTensor"])
+def test_parameters_that_are_not_here_are_left_to_their_own_layer(mesh: DeviceMesh, which: str, change: str) -> None:
+    model, x = attention(), torch.randn(2, D)
+    p = model.v_proj.get_parameter(which)
+    if change == "an empty shard":  # as ZeRO-3 leaves a layer that has not been called
+        p.data = torch.empty(0)
+    else:
+        other = p.detach().to("meta") if change == "another device" else distribute_tensor(p.detach(), mesh, [Shard(0)])
+        setattr(model.v_proj, which, nn.Parameter(other))
     with counted_calls() as calls:
-        model(torch.randn(2, D))
-    assert calls == {1: 3}
+        model.q_proj(x), model.k_proj(x)
+    assert calls == {1: 2}
+    assert model.q_proj.siblings is model.v_proj.siblings is None
+
+
+@pytest.mark.parametrize("unit", ["layer", "model"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("reshard", [False, True])
+def test_a_model_that_the_user_shards_trains_as_one_that_is_whole(
+    mesh: DeviceMesh, unit: str, fused: bool, reshard: bool
+) -> None:
+    ends = []
+    for is_sharded in (False, True):
+        torch.manual_seed(0)
+        model = Attention()
+        inject_lora(model, LoRAConfig(r=4, lora_alpha=3.7, forward="merged", keep_merged=True))
+        for part in (*model.children(), model) if unit == "layer" else (model,):
+            if is_sharded:
+                fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=fused)
+        losses = []
+        for turn in range(4):
+            for micro in range(2):
+                x = torch.randn(4, D, generator=torch.Generator().manual_seed(2 * turn + micro))
+                loss = model(x).square().mean()
+                loss.backward()
+                losses.append(loss.item())
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(losses)
+    assert ends[0][0] != ends[0][-1]
+    assert ends[1] == pytest.approx(ends[0], rel=1e-6)
 
 
 def test_only_layers_alike_are_grouped() -> None:
@@ -260,7 +308,7 @@ def test_a_copy_has_a_group_of_its_own(duplicate: Any) -> None:
     assert group._layers == [twin.q_proj, twin.k_proj, twin.v_proj]
 
 
-def test_merging_ends_the_group() -> None:
+def test_merging_dissolves_the_group() -> None:
     model = attention()
     layers = list(lora_layers(model).values())
     merge_lora(model)
