@@ -52,14 +52,14 @@ class Magnitude(Reset):
 
     def mask(self, first_moment: Tensor, ratio: float, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         # By the k-th smallest value: torch.quantile refuses tensors of more than 16 M entries.
-        magnitudes = first_moment.abs().flatten()
+        magnitudes = first_moment.abs().flatten()  # (n,)
         count = math.floor(ratio * magnitudes.numel())
         if count == 0:
             return torch.zeros_like(first_moment, dtype=torch.bool)
         limit = magnitudes.kthvalue(count).values
-        mask = magnitudes < limit
+        mask = magnitudes < limit  # at most count - 1 entries
         equal = (magnitudes == limit).nonzero().flatten()
-        mask[equal[: count - int(mask.sum())]] = True
+        mask[equal[: count - int(mask.sum())]] = True  # now exactly count
         return mask.view(first_moment.shape)
 
 
@@ -175,6 +175,9 @@ def reset_state(
     moments = state.kind.moments(store.slots(optimizer, factor), store.shape(factor))
     mask = reset.mask(state.read(moments[0]), prune_ratio, key.generator("prune")) if moments else None
     if mask is not None:
+        if mask.dtype != torch.bool or mask.shape != store.shape(factor):
+            expected = tuple(store.shape(factor))
+            raise RuntimeError(f"{name}: a mask must be bool {expected}, not {mask.dtype} {tuple(mask.shape)}")
         for moment in moments:
             state.clear(moment, mask)
     if reset.clears_step:
