@@ -72,23 +72,29 @@ class OptimizerKind:
 
         In this order the first moment comes first (exp_avg, state1), however a checkpoint brought them back.
         """
+        quantized = self._quantized(slots)
+        others = {companion for names in quantized.values() for companion in names} | self.initial_scalars.keys()
         floats = {name for name, slot in slots.items() if slot.dtype.is_floating_point and slot.shape == shape}
-        return sorted(floats - self._companions(slots) - self.initial_scalars.keys() | self._quantized(slots))
+        return sorted((floats - others) | quantized.keys())
 
     def unknown(self, slots: Mapping[str, Slot], shape: torch.Size) -> list[str]:
         """The slots that a reset cannot clear: neither moments nor companions of moments nor named scalars."""
-        scalars = {name for name in self.initial_scalars if name in slots and slots[name].shape.numel() == 1}
-        known = {*self.moments(slots, shape), *self._companions(slots), *scalars}
+        companions = [companion for names in self._quantized(slots).values() for companion in names]
+        scalars = [name for name, slot in slots.items() if name in self.initial_scalars and slot.shape.numel() == 1]
+        known = {*self.moments(slots, shape), *companions, *scalars}
         return [f"{name} {tuple(slot.shape)} {slot.dtype}" for name, slot in slots.items() if name not in known]
 
-    def _quantized(self, slots: Mapping[str, Slot]) -> set[str]:
-        """The moments that are integers now: small parameters of a quantized optimizer keep floating point ones."""
-        names = self.quantized.companions if self.quantized is not None else {}
-        return {name for name in names if name in slots and not slots[name].dtype.is_floating_point}
+    def _quantized(self, slots: Mapping[str, Slot]) -> dict[str, tuple[str, str]]:
+        """The moments that are integers here, with their companions.
 
-    def _companions(self, slots: Mapping[str, Slot]) -> set[str]:
+        A quantized optimizer keeps those of small parameters in floating point, under the same names.
+        """
         companions = self.quantized.companions if self.quantized is not None else {}
-        return {companion for name in self._quantized(slots) for companion in companions[name]}
+        return {
+            moment: names
+            for moment, names in companions.items()
+            if moment in slots and not slots[moment].dtype.is_floating_point
+        }
 
 
 def state_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

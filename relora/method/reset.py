@@ -52,14 +52,14 @@ class Magnitude(Reset):
 
     def mask(self, first_moment: Tensor, ratio: float, generator: torch.Generator) -> Tensor:  # noqa: ARG002
         # By the k-th smallest value: torch.quantile refuses tensors of more than 16 M entries.
-        magnitudes = first_moment.abs().flatten()
+        magnitudes = first_moment.abs().flatten()  # (n,)
         count = math.floor(ratio * magnitudes.numel())
         if count == 0:
             return torch.zeros_like(first_moment, dtype=torch.bool)
         limit = magnitudes.kthvalue(count).values
-        mask = magnitudes < limit
+        mask = magnitudes < limit  # at most count - 1 entries
         equal = (magnitudes == limit).nonzero().flatten()
-        mask[equal[: count - int(mask.sum())]] = True
+        mask[equal[: count - int(mask.sum())]] = True  # now exactly count
         return mask.view(first_moment.shape)
 
 
@@ -132,31 +132,25 @@ class FactorState:
         """Set entries of one moment to zero; the others stay as they are, to the bit."""
         values = self._slot(moment)
         if self.kind.quantized is None or values.is_floating_point():
-            self._write(moment, values.masked_fill(mask, 0))
+            self.store.write_slot(self.optimizer, self.factor, moment, values.masked_fill(mask, 0))
             return
         scales, table = self.kind.quantized.companions[moment]
         integers, new_scales = self.kind.quantized.clear(values, self._slot(scales), self._slot(table), mask)
-        self._write(moment, integers)
-        self._write(scales, new_scales)
+        self.store.write_slot(self.optimizer, self.factor, moment, integers)
+        self.store.write_slot(self.optimizer, self.factor, scales, new_scales)
 
     def clear_scalars(self) -> None:
         """Set the step count and the kind's other scalars to their values before the first update."""
-        slots = self.store.slots(self.optimizer, self.factor)
+        optimizer, factor, store = self.optimizer, self.factor, self.store
+        slots = store.slots(optimizer, factor)
         for name, value in self.kind.initial_scalars.items():
-            if name == STEP and self.step is not None:
-                self.store.write_step(self.optimizer, self.factor, value)
+            if name == STEP and store.step(optimizer, factor) is not None:
+                store.write_step(optimizer, factor, value)
             elif name in slots:
-                self._write(name, torch.full(slots[name].shape, value))
-
-    @property
-    def step(self) -> float | None:
-        return self.store.step(self.optimizer, self.factor)
+                store.write_slot(optimizer, factor, name, torch.full(slots[name].shape, value))
 
     def _slot(self, name: str) -> Tensor:
         return self.store.read_slot(self.optimizer, self.factor, name)
-
-    def _write(self, name: str, values: Tensor) -> None:
-        self.store.write_slot(self.optimizer, self.factor, name, values)
 
 
 def reset_state(
@@ -181,6 +175,9 @@ def reset_state(
     moments = state.kind.moments(store.slots(optimizer, factor), store.shape(factor))
     mask = reset.mask(state.read(moments[0]), prune_ratio, key.generator("prune")) if moments else None
     if mask is not None:
+        if mask.dtype != torch.bool or mask.shape != store.shape(factor):
+            expected = tuple(store.shape(factor))
+            raise RuntimeError(f"{name}: a mask must be bool {expected}, not {mask.dtype} {tuple(mask.shape)}")
         for moment in moments:
             state.clear(moment, mask)
     if reset.clears_step:
@@ -190,6 +187,7 @@ def reset_state(
         num_left = sum(int(values[mask].count_nonzero()) for values in after)
         if num_left:
             raise RuntimeError(f"{name}: {num_left} cleared entries of {', '.join(moments)} read back as not 0")
-    if reset.clears_step and state.step not in (None, 0):
-        raise RuntimeError(f"{name}: the step count was cleared, and reads back as {state.step:g}")
+    step = store.step(optimizer, factor)
+    if reset.clears_step and step is not None and step != state.kind.initial_scalars[STEP]:
+        raise RuntimeError(f"{name}: the step count was cleared, and reads back as {step:g}")
     return sum(int((values == 0).sum()) for values in after), sum(values.numel() for values in after)

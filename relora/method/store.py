@@ -44,7 +44,7 @@ class FrozenLayer(Protocol):
 class Store(ABC):
     """Access to full tensors, over the shards that this process holds. Reading is collective where they are partial.
 
-    An engine's store overrides `check`, `local_copies`, and what differs from whole tensors in one process:
+    The store of an engine overrides `check`, and what differs from whole tensors in one process: `local_copies`,
     `raw_shape`, `gather`, `reduce`, and for the optimizer's state `_state`, `_shard` and `make_state`.
     """
 
@@ -60,12 +60,12 @@ class Store(ABC):
     def check(self, parameter: nn.Parameter) -> None:
         """ValueError if this store cannot reach the parameter. Local and cheap: asked before anything is changed."""
 
-    @abstractmethod
     def local_copies(self, parameter: nn.Parameter) -> Mapping[str, Shard]:
         """This process's shard of every copy of the parameter as it is stored, by name, frozen masters left out.
 
         The copy that the model computes with comes first.
         """
+        return {"parameter": Shard(parameter.detach(), 0)}
 
     def gather(self, shape: torch.Size, part: Shard) -> Tensor:
         """The full tensor of which this process holds `part`, and others the rest."""
@@ -193,6 +193,3 @@ class TorchStore(Store):
                 f"a {kind.__name__} of shape {tuple(parameter.shape)}: plain torch cannot reach its full values, "
                 "only the engine that made it can"
             )
-
-    def local_copies(self, parameter: nn.Parameter) -> Mapping[str, Shard]:
-        return {"parameter": Shard(parameter.detach(), 0)}

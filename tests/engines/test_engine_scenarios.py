@@ -134,6 +134,13 @@ def test_every_way_to_reset_is_that_of_one_process(told: Told, mode: str) -> Non
         assert line["off"] <= TOLERANCE
 
 
+def test_factors_that_begin_with_b_come_out_of_w_as_in_one_process(told: Told) -> None:
+    for line in both(told, "offset logits"):
+        assert line["off"] <= TOLERANCE
+    for line in both(told, "offset"):
+        assert line["off"] <= TOLERANCE
+
+
 def test_ranks_that_differ_in_a_copy_are_told(engine: str, told: Told) -> None:
     seen = engine not in SHARDED  # of a sharded parameter there is one copy only
     for line in both(told, "checksum"):

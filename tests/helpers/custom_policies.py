@@ -96,6 +96,13 @@ class Transposed(Reinit):
 offset = Offset()
 
 
+class FirstRow(Reset):
+    """A mask that would be spread over all rows."""
+
+    def mask(self, first_moment: Tensor, ratio: float, generator: torch.Generator) -> Tensor:  # noqa: ARG002
+        return torch.ones_like(first_moment[:1], dtype=torch.bool)
+
+
 class EverySecond(Reset):
     """Clears every second entry, and the step count."""
 

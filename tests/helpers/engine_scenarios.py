@@ -42,6 +42,7 @@ IN_FULL, BEFORE_RESTART, AFTER_RESTART = (0, 1), (2, 3, 4), (5, 6, 7)  # numbers
 BAD = 9  # the update that is not to be made
 ONCE = "once"  # the argument for FSDP2 to reduce gradients once an update
 PRUNINGS = ("keep", "magnitude", "random")
+OFFSET = {"reinit": "tests.helpers.custom_policies:offset"}  # B != 0 after the restart
 # Where parameters are sharded, W + delta is not kept, whatever is asked for.
 LORA = LoRAConfig(r=4, lora_alpha=8, modules_to_save="rest", forward="merged", keep_merged=True)
 Tensors = dict[str, Tensor]
@@ -75,6 +76,11 @@ def main() -> None:
         put_back(engine, live, before)
         restart_and_go_on(engine, live, optimizer_reset=mode)
         tell(f"reset {mode}", off=largest_difference(weights_of(engine, live), expected[mode]))
+    put_back(engine, live, before)
+    engine.restart(live, seed=0, index=1, **OFFSET)
+    tell("offset logits", off=(logits_of(engine, live) - logits).abs().max().item())
+    updates(engine, live, AFTER_RESTART)
+    tell("offset", off=largest_difference(weights_of(engine, live), expected["offset"]))
     for name, control in controls(engine, live).items():
         put_back(engine, live, before)
         tell(f"control {name}", **outcome(engine, live, control, expected["end"]))
@@ -151,10 +157,11 @@ def reference() -> dict[str, Tensors]:
     go_on((), "switch")
     go_on(BEFORE_RESTART, "before restart")
     before = deepcopy((model.state_dict(), optimizer.state_dict()))
-    for until, mode in (("end", "zero"), *zip(PRUNINGS, PRUNINGS, strict=True)):
+    restarts: dict[str, Any] = {"end": {}, **{mode: {"optimizer_reset": mode} for mode in PRUNINGS}, "offset": OFFSET}
+    for until, how in restarts.items():
         model.load_state_dict(before[0])
         optimizer.load_state_dict(deepcopy(before[1]))
-        restart(model, optimizer, seed=0, index=1, optimizer_reset=mode)
+        restart(model, optimizer, seed=0, index=1, **how)
         go_on(AFTER_RESTART, until)
     return found
 
@@ -225,7 +232,7 @@ def put_back(engine: Engine, live: TrainState, saved: dict[str, Any]) -> None:
 
 def logits_of(engine: Engine, live: TrainState) -> Tensor:
     with engine.inference(live):
-        logits: Tensor = live.model(input_ids=micro_batches(0, process_index=0)[0]["input_ids"]).logits
+        logits: Tensor = live.model(input_ids=micro_batches(0, 0)[0]["input_ids"]).logits
     return logits
 
 
@@ -308,7 +315,7 @@ def all_nan(logits: Tensor) -> Tensor:
 
 def only_loss_infinite(logits: Tensor) -> Tensor:
     """One token, which is a label, is impossible: its loss is infinite, and every gradient finite."""
-    label = micro_batches(BAD, process_index=1)[0]["labels"][0, -1]
+    label = micro_batches(BAD, 1)[0]["labels"][0, -1]
     return logits.index_fill(-1, label, -math.inf)
 
 

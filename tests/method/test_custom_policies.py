@@ -314,3 +314,9 @@ def test_a_reset_of_ones_own() -> None:
             assert not entries[moment].flatten()[::2].any()
             assert torch.equal(entries[moment].flatten()[1::2], before[name][moment].flatten()[1::2])
     assert 0.5 <= report.optimizer_zeroed_fraction < 0.7
+
+
+def test_a_mask_of_another_shape_is_refused() -> None:
+    model, built = trained("lion")
+    with pytest.raises(RuntimeError, match=r"inner\.lora_A: a mask must be bool \(3, 12\), not torch.bool \(1, 12\)"):
+        restart(model, built, seed=0, index=1, optimizer_reset=f"{HERE}:FirstRow")
