@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from relora.config.schema import DataSection
 from relora.data.manifest import FORMAT_VERSION
-from relora.data.sources import READING_ERRORS, Source, digest, is_custom
+from relora.data.sources import READING_ERRORS, Source, is_custom
 from relora.data.tokenizer import tokenizer_hash
 from relora.errors import raise_if_any
+from relora.files import sha256_of_json
 
 CacheKey = dict[str, Any]
 
@@ -30,7 +31,9 @@ def cache_key_of(
     identities, problems = [], []
     for number, source in enumerate(sources):
         try:
-            identities.append(source_identity(source))
+            # A user's own kind is told apart by its import path.
+            kind = {"source": source.section.path} if is_custom(source.section) else {}
+            identities.append(kind | source.identity())
         except READING_ERRORS as error:
             problems.append(f"data.sources[{number}].path = {source.section.path!r}: {error}")
     raise_if_any(problems)
@@ -43,18 +46,12 @@ def cache_key_of(
     }
 
 
-def source_identity(source: Source) -> CacheKey:
-    """The identity of a source; with its import path where it is a user's own."""
-    own = {"source": source.section.path} if is_custom(source.section) else {}
-    return own | source.identity()
-
-
 def folder_of(data: DataSection, key: CacheKey) -> Path:
     """prepared_dir, or a folder of the cache that is named by a hash of the cache key."""
     if data.prepared_dir is not None:
         return Path(data.prepared_dir).expanduser()
     cache = Path(os.environ.get("RELORA_CACHE") or "~/.cache/relora").expanduser()
-    return cache / "prepared" / digest(key)[:20]
+    return cache / "prepared" / sha256_of_json(key)[:20]
 
 
 def key_problems(folder: Path, found: CacheKey, wanted: CacheKey) -> list[str]:
