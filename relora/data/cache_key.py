@@ -1,4 +1,4 @@
-"""The cache key of prepared data: what decides which tokens come out, and the folder named after it."""
+"""The cache key of prepared data: everything that decides the tokens; and the folder named after it."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ CacheKey = dict[str, Any]
 def cache_key_of(
     data: DataSection, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
 ) -> CacheKey:
-    """All that decides which tokens come out, and nothing else.
+    """Everything that decides the tokens, and nothing else.
 
     Args:
         tokenizer: None: one of `vocab_size` entries is trained on the sources.
@@ -31,7 +31,7 @@ def cache_key_of(
     identities, problems = [], []
     for number, source in enumerate(sources):
         try:
-            # A user's own kind is told apart by its import path.
+            # A user's own kind is identified by its import path as well.
             kind = {"source": source.section.path} if is_custom(source.section) else {}
             identities.append(kind | source.identity())
         except READING_ERRORS as error:
@@ -55,7 +55,7 @@ def folder_of(data: DataSection, key: CacheKey) -> Path:
 
 
 def key_problems(folder: Path, found: CacheKey, wanted: CacheKey) -> list[str]:
-    """What differs, if the folder holds data made from something else."""
+    """A line with the differences, if the folder holds data of another cache key."""
     changes = list(differences("", found, wanted))
     if not changes:
         return []

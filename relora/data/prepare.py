@@ -78,7 +78,7 @@ def prepare(
 def find_prepared(
     data: DataSection, *, vocab_size: int, tokenizer: str | None, trust_remote_code: bool = False
 ) -> PreparedData | None:
-    """What `prepare` would return if it exists already; reads no data. Raises UserError as `prepare` does."""
+    """The prepared data if they exist already; reads no sources. Raises UserError as `prepare` does."""
     wanted = check_inputs(data, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     return open_prepared(wanted.folder) if is_complete(wanted) else None
 

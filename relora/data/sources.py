@@ -28,7 +28,7 @@ from relora.errors import raise_if_any
 from relora.method.registry import CUSTOM, resolve
 
 TEXT = "text"
-# What reading files or asking the hub may raise; bugs (TypeError, KeyError, ...) pass through.
+# Raised by reading files or asking the hub; bugs (TypeError, KeyError, ...) pass through.
 READING_ERRORS = (DatasetsError, ValueError, OSError, pa.ArrowException)
 
 
@@ -44,7 +44,7 @@ class Source(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What decides which documents `load` gives, as JSON: prepared data are reused while it is the same.
+        """Everything that decides the documents of `load`, as JSON: prepared data are reused while it is the same.
 
         Raises:
             ValueError: it cannot be found out, with the reason.

@@ -30,7 +30,7 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self.values: list[np.ndarray] = []
         self.offsets: list[np.ndarray] = []
-        with pa.memory_map(str(path)) as file:  # closed at once: the views keep the mapping, not the handle
+        with pa.memory_map(str(path)) as file:  # closed at once: the views need the mapping only
             for batch in pa.ipc.open_stream(file):
                 column = batch.column(0)
                 self.values.append(column.values.to_numpy(zero_copy_only=True))
