@@ -62,6 +62,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def sha256_of_json(value: Any) -> str:
+    """The sha256 of a JSON value, in hex, whatever the order of its keys; tuples and sets count as lists."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
+
+
 def folder_problems(setting: str, path: str) -> list[str]:
     """Why no folder can be created at `path`: a file is in the way.
 

@@ -1,11 +1,10 @@
 """Numbers and objects that follow from a configuration, and the fingerprint that identifies the run."""
 
-import hashlib
-import json
 from typing import Any
 
 from relora.config.reference import fields, in_identity
 from relora.config.schema import Config, SourceSection
+from relora.files import sha256_of_json
 from relora.method.lora import LoRAConfig
 from relora.method.schedule import Schedule
 
@@ -108,4 +107,4 @@ def identity(config: Config, model_config: dict[str, Any]) -> dict[str, Any]:
 
 def fingerprint(identity: dict[str, Any]) -> str:
     """A hash of `identity`, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=list).encode()).hexdigest()[:16]
+    return sha256_of_json(identity)[:16]

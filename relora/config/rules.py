@@ -111,7 +111,7 @@ def trainable_of_method_full(config: Config) -> str | None:
 
 
 def target_pattern(config: Config) -> str | None:
-    """A string is a regex of module names (`all-linear` is one, too); a list holds suffixes."""
+    """A string is `all-linear` or a regex of module names; a list holds suffixes."""
     targets = config.lora.target_modules
     return _regex("lora.target_modules", targets) if isinstance(targets, str) else None
 
@@ -125,7 +125,7 @@ def _regex(key: str, pattern: str) -> str | None:
 
 
 def residual_of_quantized_weights(config: Config) -> str | None:
-    """There is a residual only where weights are quantized, and only one if all processes share the factors."""
+    """Only quantized weights have a residual, and a single one only if all processes train the same factors."""
     if not config.relora.carry_residual:
         return None
     if config.lora.base_dtype not in ("int8", "nf4"):

@@ -143,7 +143,7 @@ class ReloraSection(Section):
     )
     optimizer_reset: ResetName | CustomName = Field(
         "zero",
-        description="what a restart does to the optimizer state of A and B; or a `relora.method.reset.Reset`",
+        description="reset of the optimizer state of A and B at a restart; or a `relora.method.reset.Reset`",
     )
     prune_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
         0.9, description="fraction of the moments that magnitude and random set to zero"

@@ -12,7 +12,7 @@ import yaml
 _TAG = "tag:yaml.org,2002:"
 _REPLACED = {f"{_TAG}{kind}" for kind in ("bool", "float", "int", "timestamp", "value")}
 _BASES = {"0o": 8, "0x": 16}
-_SCALARS = [  # YAML 1.2, section 10.3.2: tag, pattern, what it may begin with
+_SCALARS = [  # YAML 1.2, section 10.3.2: tag, pattern, possible first characters
     ("bool", r"(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
     ("int", r"(?:[-+]?[0-9]+(?:_[0-9]+)*|0o[0-7]+|0x[0-9a-fA-F]+)$", "-+0123456789"),
     (

@@ -1,4 +1,4 @@
-"""The cache key of prepared data: what decides which tokens come out, and the folder named after it."""
+"""The cache key of prepared data: everything that decides the tokens; and the folder named after it."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from relora.config.schema import DataSection
 from relora.data.manifest import FORMAT_VERSION
-from relora.data.sources import READING_ERRORS, Source, digest, is_custom
+from relora.data.sources import READING_ERRORS, Source, is_custom
 from relora.data.tokenizer import tokenizer_hash
 from relora.errors import raise_if_any
+from relora.files import sha256_of_json
 
 CacheKey = dict[str, Any]
 
@@ -19,7 +20,7 @@ CacheKey = dict[str, Any]
 def cache_key_of(
     data: DataSection, sources: Sequence[Source], tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
 ) -> CacheKey:
-    """All that decides which tokens come out, and nothing else.
+    """Everything that decides the tokens, and nothing else.
 
     Args:
         tokenizer: None: one of `vocab_size` entries is trained on the sources.
@@ -30,7 +31,9 @@ def cache_key_of(
     identities, problems = [], []
     for number, source in enumerate(sources):
         try:
-            identities.append(source_identity(source))
+            # A user's own kind is identified by its import path as well.
+            kind = {"source": source.section.path} if is_custom(source.section) else {}
+            identities.append(kind | source.identity())
         except READING_ERRORS as error:
             problems.append(f"data.sources[{number}].path = {source.section.path!r}: {error}")
     raise_if_any(problems)
@@ -43,22 +46,16 @@ def cache_key_of(
     }
 
 
-def source_identity(source: Source) -> CacheKey:
-    """The identity of a source; with its import path where it is a user's own."""
-    own = {"source": source.section.path} if is_custom(source.section) else {}
-    return own | source.identity()
-
-
 def folder_of(data: DataSection, key: CacheKey) -> Path:
     """prepared_dir, or a folder of the cache that is named by a hash of the cache key."""
     if data.prepared_dir is not None:
         return Path(data.prepared_dir).expanduser()
     cache = Path(os.environ.get("RELORA_CACHE") or "~/.cache/relora").expanduser()
-    return cache / "prepared" / digest(key)[:20]
+    return cache / "prepared" / sha256_of_json(key)[:20]
 
 
 def key_problems(folder: Path, found: CacheKey, wanted: CacheKey) -> list[str]:
-    """What differs, if the folder holds data made from something else."""
+    """A line with the differences, if the folder holds data of another cache key."""
     changes = list(differences("", found, wanted))
     if not changes:
         return []

@@ -65,7 +65,7 @@ class PreparedData:
 
 
 def open_prepared(folder: Path) -> PreparedData:
-    """Raises UserError if the folder holds no complete prepared data."""
+    """The prepared data in a folder. Raises UserError if there are none, or if they are incomplete."""
     manifest = read_manifest(folder)
     if manifest is None:
         raise UserError([f"{folder}: no complete prepared data ({MANIFEST} is missing); run `relora prepare`"])

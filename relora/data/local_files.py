@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets.data_files import DataFilesDict, get_data_patterns
 
 from relora.config.schema import SourceSection
+from relora.files import sha256_of_json
 
 READERS = {  # file extension -> module of datasets.load_dataset
     ".parquet": "parquet",
@@ -54,7 +56,9 @@ def find_files(source: SourceSection) -> tuple[LocalFiles | None, list[str]]:
     elif path.exists():
         by_split, problems = {"train": [path]}, []
     elif glob.has_magic(source.path):
-        by_split, problems = files_of_glob(path)
+        matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True))  # noqa: PTH207  # Path.glob takes no absolute ones
+        by_split = {"train": [match for match in matches if match.is_file()]}
+        problems = [] if by_split["train"] else ["no file matches this pattern"]
     else:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, siblings, n=1)
@@ -92,13 +96,6 @@ def files_of_folder(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
         f"datasets finds the splits {sorted(by_split)} by file name, and {len(outside)} files belong to none "
         f"(such as {outside[0].name}); choose the files with a glob"
     ]
-
-
-def files_of_glob(pattern: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """The matching files under 'train'; problems."""
-    matches = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True))  # noqa: PTH207  # Path.glob takes no absolute ones
-    files = [path for path in matches if path.is_file()]
-    return {"train": files}, [] if files else ["no file matches this pattern"]
 
 
 def file_problems(by_split: dict[str, list[Path]], split: str) -> list[str]:
@@ -159,3 +156,13 @@ def split_names(split: str) -> list[str]:
 
 def non_empty(files: Iterable[Path]) -> tuple[Path, ...]:
     return tuple(path for path in files if path.stat().st_size)
+
+
+def files_identity(files: Sequence[Path], root: Path, *, with_mtime: bool) -> dict[str, Any]:
+    """Names below root, sizes and times of change, as JSON; not root itself, so that a folder may be moved."""
+    lines = []
+    for path in files:
+        stat = path.stat()
+        name = path.absolute().relative_to(root).as_posix()
+        lines.append([name, stat.st_size, stat.st_mtime_ns if with_mtime else None])
+    return {"num_files": len(files), "bytes": sum(line[1] for line in lines), "files": sha256_of_json(lines)}

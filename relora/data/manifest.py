@@ -7,7 +7,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from relora.errors import UserError
-from relora.files import write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -60,11 +59,6 @@ class Manifest(Record):
     token_dtype: Literal["uint16", "uint32"]
     eos_token_id: int
     sources: tuple[SourceRecord, ...]
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Mark the data in the folder as complete."""
-    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
 
 
 def read_manifest(folder: Path) -> Manifest | None:

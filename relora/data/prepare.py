@@ -22,7 +22,6 @@ from relora.data.manifest import (
     SourceRecord,
     read_json,
     read_manifest,
-    write_manifest,
 )
 from relora.data.sources import TEXT, Source, find_sources, load_sources
 from relora.data.tokenize import TOKENS_FOLDER, Encoding, content_hash, num_pieces, usable_cores, write_stream
@@ -49,10 +48,6 @@ class Preparation:
     vocab_size: int
     key: CacheKey
     folder: Path
-
-    @property
-    def num_proc(self) -> int:
-        return self.data.num_proc or usable_cores()
 
 
 def prepare(
@@ -83,7 +78,7 @@ def prepare(
 def find_prepared(
     data: DataSection, *, vocab_size: int, tokenizer: str | None, trust_remote_code: bool = False
 ) -> PreparedData | None:
-    """What `prepare` would return if it exists already; reads no data. Raises UserError as `prepare` does."""
+    """The prepared data if they exist already; reads no sources. Raises UserError as `prepare` does."""
     wanted = check_inputs(data, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     return open_prepared(wanted.folder) if is_complete(wanted) else None
 
@@ -135,8 +130,9 @@ def is_complete(wanted: Preparation) -> bool:
 def write_prepared(wanted: Preparation, *, quiet: bool) -> None:
     """Write the tokenizer, the tokens of every source, and last the manifest. Finished files are reused."""
     folder, data = wanted.folder, wanted.data
-    sources = load_sources(wanted.sources, data.text_field, wanted.num_proc)
-    pieces = pieces_of(wanted, sources)
+    num_proc = data.num_proc or usable_cores()
+    sources = load_sources(wanted.sources, data.text_field, num_proc)
+    pieces = pieces_of(wanted, sources, num_proc)
     tokenizer = wanted.tokenizer or trained_tokenizer(wanted, sources, quiet=quiet)
     save_tokenizer(tokenizer, folder)
     encoding = Encoding.of(tokenizer, data.eval_fraction)
@@ -145,15 +141,16 @@ def write_prepared(wanted: Preparation, *, quiet: bool) -> None:
         for number, source in enumerate(sources)
     )
     remove_leftovers(folder, records)
-    write_manifest(folder, manifest_of(wanted, tokenizer, encoding, records))
+    manifest = manifest_of(wanted, tokenizer, encoding, records)
+    write_json(folder / MANIFEST, manifest.model_dump(mode="json"))
     (folder / UNFINISHED).unlink()
 
 
-def pieces_of(wanted: Preparation, sources: list[Dataset]) -> list[int]:
+def pieces_of(wanted: Preparation, sources: list[Dataset], num_proc: int) -> list[int]:
     """The number of pieces of each source, recorded so that a resumed preparation finds the finished ones."""
     path = wanted.folder / UNFINISHED
     if not path.exists():
-        pieces = [num_pieces(source, wanted.num_proc) for source in sources]
+        pieces = [num_pieces(source, num_proc) for source in sources]
         write_json(path, {"made_from": wanted.key, "num_pieces": pieces})
     return [int(pieces) for pieces in read_json(path)["num_pieces"]]
 

@@ -6,8 +6,6 @@ A kind of your own is a subclass of `Source`, or a function from the section to 
 
 import difflib
 import glob
-import hashlib
-import json
 import os
 import platform
 import re
@@ -25,12 +23,12 @@ from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
 from relora.config.schema import DataSection, SourceSection
-from relora.data.local_files import LocalFiles, find_files, is_local, split_names
+from relora.data.local_files import files_identity, find_files, is_local, split_names
 from relora.errors import raise_if_any
 from relora.method.registry import CUSTOM, resolve
 
 TEXT = "text"
-# What reading files or asking the hub may raise; bugs (TypeError, KeyError, ...) pass through.
+# Raised by reading files or asking the hub; bugs (TypeError, KeyError, ...) pass through.
 READING_ERRORS = (DatasetsError, ValueError, OSError, pa.ArrowException)
 
 
@@ -46,7 +44,7 @@ class Source(ABC):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """What decides which documents `load` gives, as JSON: prepared data are reused while it is the same.
+        """Everything that decides the documents of `load`, as JSON: prepared data are reused while it is the same.
 
         Raises:
             ValueError: it cannot be found out, with the reason.
@@ -68,7 +66,8 @@ class Source(ABC):
 class StdlibSource(Source):
     """`python-stdlib`: every *.py file of Python's standard library but its tests, one document each."""
 
-    EXCLUDED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+    excluded = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+    folder = Path(sysconfig.get_path("stdlib"))
 
     def problems(self) -> list[str]:
         problems = [] if self.files else ["this Python came without its sources (*.py)"]
@@ -77,8 +76,8 @@ class StdlibSource(Source):
         return problems
 
     def identity(self) -> dict[str, Any]:
-        # Not the times of change: each installation has its own.
-        return {"python": platform.python_version(), **_files_identity(self.files, self.folder, with_mtime=False)}
+        # Without the times of change, which differ between installations.
+        return {"python": platform.python_version(), **files_identity(self.files, self.folder, with_mtime=False)}
 
     def load(self, text_field: str, num_proc: int) -> Dataset:  # noqa: ARG002  # files of code have no columns
         texts = []
@@ -87,38 +86,40 @@ class StdlibSource(Source):
                 texts.append(file.read())
         return Dataset.from_dict({TEXT: texts})
 
-    @property
-    def folder(self) -> Path:
-        return Path(sysconfig.get_path("stdlib"))
-
     @cached_property
     def files(self) -> list[Path]:
         """The files that are not empty, sorted."""
         return [
             path
             for path in sorted(self.folder.rglob("*.py"))
-            if self.EXCLUDED.isdisjoint(path.relative_to(self.folder).parts) and path.stat().st_size
+            if self.excluded.isdisjoint(path.relative_to(self.folder).parts) and path.stat().st_size
         ]
 
 
 class LocalFilesSource(Source):
     """A file, a folder or a glob of parquet, json, jsonl, csv or text files."""
 
+    def __init__(self, section: SourceSection) -> None:
+        super().__init__(section)
+        self.files, self._problems = find_files(section)
+
     def problems(self) -> list[str]:
-        return self._found[1]
+        return self._problems
 
     def identity(self) -> dict[str, Any]:
         files = self.files
+        assert files is not None, self._problems
         paths = files.of_splits(dict.fromkeys(split_names(self.section.split)))
         root = Path(os.path.commonpath([path.parent.absolute() for path in paths]))
         return {
             "reader": files.reader,
             "split": self.section.split,
-            **_files_identity(paths, root, with_mtime=True),
+            **files_identity(paths, root, with_mtime=True),
         }
 
     def load(self, text_field: str, num_proc: int) -> Dataset:
         files = self.files
+        assert files is not None, self._problems
         is_text = files.reader == "text"
         wanted = {
             name: [glob.escape(str(path.absolute())) for path in files.by_split[name]]
@@ -138,17 +139,6 @@ class LocalFilesSource(Source):
             named = f"{culprit}: " if culprit else ""
             raise ValueError(f"{named}not readable as {files.reader}: {root_cause(error)}") from error
         return text_column(loaded, TEXT if is_text else text_field)
-
-    @cached_property
-    def _found(self) -> tuple[LocalFiles | None, list[str]]:
-        return find_files(self.section)
-
-    @property
-    def files(self) -> LocalFiles:
-        """The files of a source without problems."""
-        files, problems = self._found
-        assert files is not None, problems
-        return files
 
 
 class HubSource(Source):
@@ -274,21 +264,6 @@ def root_cause(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def digest(content: Any) -> str:
-    """sha256 of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _files_identity(files: Sequence[Path], root: Path, *, with_mtime: bool) -> dict[str, Any]:
-    """Names below root, sizes and times of change; not the place of root, so that a folder may be mounted elsewhere."""
-    lines = []
-    for path in files:
-        stat = path.stat()
-        name = path.absolute().relative_to(root).as_posix()
-        lines.append([name, stat.st_size, stat.st_mtime_ns if with_mtime else None])
-    return {"num_files": len(files), "bytes": sum(line[1] for line in lines), "files": digest(lines)}
 
 
 def _unreadable_file(files: Sequence[Path], reader: str) -> Path | None:

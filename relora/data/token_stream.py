@@ -30,20 +30,14 @@ class TokenFile:
     def __init__(self, path: Path) -> None:
         self.values: list[np.ndarray] = []
         self.offsets: list[np.ndarray] = []
-        with pa.memory_map(str(path)) as file:  # closed at once: the views keep the mapping, not the handle
+        with pa.memory_map(str(path)) as file:  # closed at once: the views need the mapping only
             for batch in pa.ipc.open_stream(file):
                 column = batch.column(0)
                 self.values.append(column.values.to_numpy(zero_copy_only=True))
                 self.offsets.append(column.offsets.to_numpy(zero_copy_only=True))
         self.ends = np.cumsum([len(values) for values in self.values], dtype=np.int64)
-
-    @property
-    def num_tokens(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    @property
-    def num_documents(self) -> int:
-        return sum(len(offsets) - 1 for offsets in self.offsets)
+        self.num_tokens = int(self.ends[-1]) if len(self.ends) else 0
+        self.num_documents = sum(len(offsets) - 1 for offsets in self.offsets)
 
     def parts(self, start: int, stop: int) -> Iterator[Row]:
         """Tokens start..stop of the file, one part per record batch; `starts` count from the beginning of the part."""

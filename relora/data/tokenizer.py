@@ -45,7 +45,7 @@ def given_tokenizer(
 def tokenizer_problems(
     data: DataSection, *, vocab_size: int, tokenizer: str | None, trust_remote_code: bool = False
 ) -> list[str]:
-    """What is wrong with the given tokenizer, or with the vocabulary of the one to be trained."""
+    """Problems of the given tokenizer, or of the vocabulary size of the one to be trained."""
     return given_tokenizer(data, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust_remote_code)[1]
 
 

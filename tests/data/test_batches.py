@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from relora.data import micro_batches
+from relora.data import eval_batches, micro_batches, probe_batch
 from relora.data.batches import NO_TOKENS, make_batch
 from relora.data.token_stream import Row
 
@@ -178,3 +178,25 @@ def test_document_mask_of_real_rows(two_sources, prepared):
         assert (a["labels"][hidden] == -100).all() and torch.equal(a["labels"][~hidden][1:], b["labels"][~hidden][1:])
         assert (a["input_ids"][:-1][changes] == masked.eos_id).all()
     assert several > 20
+
+
+def backwards(rows, sequence_length, *, eos_id, document_mask):
+    """A task's own way to make a batch: labels are the tokens in reverse."""
+    batch = make_batch(rows, sequence_length, eos_id=eos_id, document_mask=document_mask)
+    return batch | {"labels": batch["input_ids"].flip(1)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_task_may_make_its_own_batches(prepared, data, workers):
+    samples = prepared.samples(data, 7, make_batch=backwards)
+    plain = updates(prepared.samples(data, 7), 2)
+    own = updates(samples, 2, workers=workers)
+    evaluated = [
+        *eval_batches(prepared, data, batch_size=4, make_batch=backwards),
+        probe_batch(prepared, data, batch_size=4, make_batch=backwards),
+    ]
+    assert torch.equal(samples[3]["labels"], samples[3]["input_ids"].flip(0))
+    for batch, other in zip(itertools.chain(*own), itertools.chain(*plain), strict=True):
+        assert torch.equal(batch["input_ids"], other["input_ids"])
+    for batch in [*itertools.chain(*own), *evaluated]:
+        assert torch.equal(batch["labels"], batch["input_ids"].flip(1)) and len(evaluated) > 1

@@ -260,9 +260,13 @@ CONFIG = {
     "learning rate that is not finite": Case(
         ["optim.learning_rate=.inf"], ["optim.learning_rate = .inf: must be a number >= 0, and finite"]
     ),
-    "unknown optimizer": Case(["optim.name=adam"], ["optim.name = adam: must be adamw, adamw_fused or adamw_8bit"]),
+    "unknown optimizer": Case(
+        ["optim.name=adam"], ["optim.name = adam: must be adamw, adamw_fused, adamw_8bit or module:attribute"]
+    ),
     "peak of nothing": Case(["training.peak_tflops=0"], ["training.peak_tflops = 0: must be a number > 0 or null"]),
-    "unknown reinit": Case(["relora.reinit=kaimin"], ["relora.reinit = kaimin: must be kaiming or orthogonal"]),
+    "unknown reinit": Case(
+        ["relora.reinit=kaimin"], ["relora.reinit = kaimin: must be kaiming, orthogonal or module:attribute"]
+    ),
     "misspelt key": Case(["lora.lora_alhpa=8"], ["lora.lora_alhpa = 8: unknown key; the nearest is lora.lora_alpha"]),
     "key of another section": Case(
         ["training.learning_rate=1"], ["training.learning_rate = 1: unknown key; the nearest is optim.learning_rate"]
