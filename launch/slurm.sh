@@ -5,10 +5,10 @@
 #   sbatch --nodes=4 --gpus-per-node=8 launch/slurm.sh configs/llama_1b.yaml [section.key=value ...]
 #
 # Run it from the root of the repository. Five minutes before its time limit, and when it is preempted, a job writes a
-# checkpoint, ends, and queues itself again under the same number; it then goes on from there. So does a job that is
-# sent again with the same line. scancel --signal=USR1 JOB brings that about at any time; scancel JOB ends it for good.
-# Where preempted jobs get no grace time, training.save_steps says how much work is lost. Partition, account and the
-# like: options of sbatch.
+# checkpoint, ends, requeues itself under the same number and resumes from there. So does a job that is submitted again
+# with the same line. scancel --signal=USR1 JOB triggers this at any time; scancel JOB cancels the job for good.
+# Where preempted jobs get no grace time, training.save_steps bounds the work that is lost. Partition, account, CPUs and
+# memory are options of sbatch: many clusters give a task one CPU unless --cpus-per-task or --exclusive asks for more.
 #SBATCH --job-name=relora
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -19,8 +19,8 @@
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
 set -euo pipefail
-# Without the prefix B: the signal goes to the launchers that srun has started, not to this shell. It must outlive them
-# to queue the job again, even if somebody sends it the signal too.
+# Without the prefix B the signal goes to the launchers that srun has started, not to this shell. The shell must outlive
+# them to requeue the job, even if it receives the signal too.
 trap '' USR1
 
 fail() { printf 'slurm: error: %s\n' "$*" >&2; exit 2; }
@@ -37,7 +37,7 @@ export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}   # jobs th
 export NNODES=$SLURM_JOB_NUM_NODES
 export NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 
-# output_dir as relora itself reads it: from the file, or from what is laid over it.
+# output_dir as relora itself reads it: from the file, or from an override.
 run_folder() {
     local python=${PYTHON:-.venv/bin/python}
     if ! command -v "$python" >/dev/null; then python=python3; fi
@@ -52,26 +52,26 @@ PY
 }
 
 if ! run=$(run_folder "$@"); then
-    printf 'slurm: warning: %s\n' "no output_dir to be read from: $*; this job will not queue itself again" >&2
+    printf 'slurm: warning: %s\n' "no output_dir found in: $*; this job will not queue itself again" >&2
     run=/nowhere
 fi
-# torchrun turns every exit code into 1; the reason stands in status.json, a new file at each writing.
+# torchrun turns every exit code into 1. The reason is in status.json, which is a new file each time it is written.
 written() { stat -c '%i %y' -- "$run/status.json" 2>/dev/null || true; }
 before=$(written)
 
 code=0
-# When one node has ended the others are ended too, but not at once: they may still be busy with the last checkpoint.
+# When one node ends, the others are ended too, but not at once: they may still be writing the last checkpoint.
 # SLURM_NODEID differs from node to node, so the inner shell reads it.
 # shellcheck disable=SC2016
 srun --kill-on-bad-exit=0 --wait=60 \
     bash -c 'export NODE_RANK=$SLURM_NODEID; exec bash launch/torchrun_multinode.sh "$@"' relora "$@" || code=$?
 
-# An old "preempted" says nothing of a job that failed before it wrote its own: that one would be queued for ever.
+# An old "preempted" says nothing about a job that failed before it wrote its own status: it would be requeued forever.
 if ((code != 0)) && [[ $(written) != "$before" ]] && grep -q '"status": *"preempted"' "$run/status.json"; then
     if scontrol requeue "$SLURM_JOB_ID"; then
-        printf 'slurm: the checkpoint is written; job %s is queued again\n' "$SLURM_JOB_ID"
+        printf 'slurm: the checkpoint is written; job %s is requeued\n' "$SLURM_JOB_ID"
     else
-        printf 'slurm: error: the checkpoint is written, but job %s is not queued again\n' "$SLURM_JOB_ID" >&2
+        printf 'slurm: error: the checkpoint is written, but job %s could not be requeued\n' "$SLURM_JOB_ID" >&2
     fi
 fi
 exit "$code"

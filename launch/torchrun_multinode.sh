@@ -10,10 +10,10 @@
 #   MASTER_PORT      a free port there
 #   NPROC_PER_NODE   processes a machine: its number of GPUs
 #   RDZV             static (default): the set of machines is fixed. c10d: elastic, a machine may leave and come back;
-#                    the processes then start again, and the run goes on from its last checkpoint
+#                    the processes then restart, and the run resumes from its last checkpoint
 #   RDZV_ID          c10d: a name of the job, the same everywhere (default: relora)
-#   MAX_RESTARTS     c10d: how often the processes are started again (default: 3)
-#   SHUTDOWN_TIMEOUT how long processes may take after a signal, for a checkpoint, in seconds (default: 240)
+#   MAX_RESTARTS     c10d: how often the processes may be restarted (default: 3)
+#   SHUTDOWN_TIMEOUT seconds that processes have after a signal, for a checkpoint (default: 240)
 #   PYTHON           default: .venv/bin/python of this repository if launch/setup.sh has made it, else python3
 #
 # All machines need the same code, packages and config; an output_dir on a disk that all see lets any of them resume.
@@ -70,16 +70,16 @@ options=(--nnodes "$NNODES" --nproc_per_node "$NPROC_PER_NODE")
 if [[ $rdzv == c10d ]]; then
     options+=(--rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv_id "${RDZV_ID:-relora}")
     options+=(--max_restarts "${MAX_RESTARTS:-3}")
-    # Else a launcher that has lived through a restart tells one that joins anew no address of the store it keeps for the
-    # processes, and both give up after a minute (torch 2.13, dynamic_rendezvous.py, next_rendezvous).
+    # Otherwise a launcher that has survived a restart does not publish the address of its store to one that rejoins,
+    # and both give up after a minute (torch 2.13, dynamic_rendezvous.py, next_rendezvous).
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 else
     options+=(--node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
 fi
-# Slurm signals the processes that it has started itself, and that is only the launcher, which must pass the signal on.
-# By default torchrun does not do so with SIGUSR1, and kills after 30 seconds.
-# The ranks read it too, to know how much time a checkpoint has.
+# Slurm signals only the processes that it has started, that is the launcher, which must pass the signal on. By default
+# torchrun does not pass on SIGUSR1, and kills its processes after 30 seconds.
+# The training processes read this variable too, to know how much time a checkpoint has.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-240}
 options+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
-trap '' USR1   # nor may it kill torchrun while that still loads, or waits for the other machines
+trap '' USR1   # the signal must not kill torchrun while it loads or waits for the other machines
 exec "$python" -m torch.distributed.run "${options[@]}" -m relora train "$@"

@@ -77,16 +77,21 @@ def test_the_wheel_holds_package_configs_and_typing_marker(wheel: Path) -> None:
     assert {name for name in names if ".dist-info/" not in name} == ours | configs | {"relora/py.typed"}
 
 
-def test_the_wheel_alone_imports_and_holds_the_quickstart(wheel: Path, tmp_path: Path) -> None:
+def test_the_wheel_alone_finds_its_configs_by_name(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     program = (
-        "import importlib.resources, relora; print(relora.__version__, relora.__file__);"
-        "print((importlib.resources.files('relora') / 'configs' / 'quickstart.yaml').is_file())"
+        "import relora; from relora.config import load_config; print(relora.__version__, relora.__file__);"
+        "print(load_config('quickstart').output_dir, load_config('llama_130m').model.config)"
     )
     environment = {"PYTHONPATH": str(tmp_path / "site"), "PATH": ""}
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert result.stdout.split() == [relora.__version__, str(tmp_path / "site/relora/__init__.py"), "True"]
+    package = tmp_path / "site" / "relora"
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        f"{relora.__version__} {package / '__init__.py'}",
+        f"runs/quickstart {package / 'configs/models/llama_130m.json'}",
+    ]
 
 
 def test_citation_and_changelog_are_of_this_version() -> None:

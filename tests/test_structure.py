@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.update_path import functions_of
 from tests.helpers.programs import ROOT, run
 
 PACKAGE = ROOT / "relora"
@@ -107,3 +108,27 @@ def test_the_trace_of_an_update_saw_what_every_update_runs(update_path: dict[str
 @pytest.mark.parametrize("figure", ["source lines", "functions", "files"])
 def test_one_update_can_be_read_at_one_sitting(figure: str, update_path: dict[str, dict[str, float]]) -> None:
     assert update_path[figure]["value"] <= update_path[figure]["at_most"]
+
+
+EXAMPLE = '''
+class Layer:
+    """Not counted."""
+
+    def forward(self, x):
+        """Neither counted
+        nor its second line."""
+
+        # A comment is.
+        def inner(y):
+            return y
+
+        return [inner(y) for y in x]
+
+top = lambda x: x
+'''
+
+
+def test_functions_of_a_module_are_its_outermost_without_docstrings_and_blank_lines() -> None:
+    [function] = functions_of(EXAMPLE)
+    assert (function.name, function.lines) == ("Layer.forward", range(5, 14))
+    assert function.source == {5, 9, 10, 11, 13}
