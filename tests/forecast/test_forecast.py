@@ -130,7 +130,9 @@ def test_components_are_those_of_a_real_model_and_optimizer(config: Config) -> N
 
 
 @pytest.mark.parametrize("name", ["bfloat16", "int8", "nf4"])
-def test_a_quantized_base_takes_what_its_format_takes(name: Any, config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantized_base_takes_what_its_format_takes(
+    name: Any, config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module in ("relora.train.stages", "relora.forecast.memory"):
         monkeypatch.setattr(f"{module}.lora_config", lambda c: replace(lora_config(c), base_dtype=name))
     hf_config = hf_config_of(config.model)

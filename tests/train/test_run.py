@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import shutil
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import relora.train as train_module
 from relora.checkpoint.run_folder import RunFolder
 from relora.cli import main
 from relora.config import UserError, check
@@ -138,6 +138,7 @@ def test_the_written_config_is_the_same_run(run: Path, capsys: pytest.CaptureFix
 def test_nothing_of_the_warm_start_stays_in_memory(tiny_run: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[weakref.ref[Any]] = []
     alive_at_the_end: list[bool] = []
+    train_module = sys.modules[train.__module__]  # hidden by the function of the same name
     build, finish = train_module.build, train_module.finish
 
     def watched_build(*args: Any, **kwargs: Any) -> TrainState:
