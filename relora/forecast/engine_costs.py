@@ -183,12 +183,19 @@ def fsdp2_buffers(model: ModelBytes, *, on_gpu: bool) -> int:
 
 
 def can_cache_merged(config: Config, launch: Launch) -> bool:
-    """Whether W + delta can be cached: W is whole between two passes, and no compiler decides what is alive."""
+    """Whether wrapped layers can cache W + delta.
+
+    W must be whole between two passes, which it is not under FSDP2 and DeepSpeed; and torch.compile decides for itself
+    which tensors stay alive.
+    """
     return launch.engine in ("one", "ddp") and not config.model.torch_compile
 
 
 def is_local(config: Config, model: ModelBytes) -> bool:
-    """Whether each process trains factors of its own, which synchronize at restarts only."""
+    """Whether each process trains factors of its own, which synchronize at restarts only.
+
+    A full-rank stage has no factors, and its gradients travel at every update.
+    """
     return config.relora.sync == "restart" and model.factors > 0
 
 
@@ -201,10 +208,16 @@ def outer_optimizer_bytes(config: Config, model: ModelBytes) -> int:
 
 
 def num_master_shards(config: Config, launch: Launch) -> int:
-    """Over how many processes the exact masters of quantized weights are sharded."""
+    """The number of shards of the exact masters of quantized weights, one a process.
+
+    A process that trains factors of its own forms their update alone, and so holds whole masters.
+    """
     return 1 if config.relora.sync == "restart" else launch.num_processes
 
 
 def num_independent_updates(config: Config, launch: Launch) -> int:
-    """How many different low-rank updates the processes merge at a restart."""
+    """The number of different low-rank updates that a restart merges.
+
+    Where each process trains factors of its own, the ranks of their updates add up.
+    """
     return launch.num_processes if config.relora.sync == "restart" else 1

@@ -139,10 +139,12 @@ class Forecast:
     advice: list[str]
 
     def as_dict(self) -> dict[str, Any]:
-        """All numbers, as `relora plan --json` writes them."""
-        return asdict(self) | {
-            "peaks": {name: {"update": memory.update, "peak": memory.peak} for name, memory in self.memory.items()}
-        }
+        """All numbers, as `relora plan --json` writes them: the attributes, and the peaks of each stage in bytes.
+
+        peaks: {stage: {"update": of an update, "peak": of updates, restarts and saves}}.
+        """
+        peaks = {name: {"update": memory.update, "peak": memory.peak} for name, memory in self.memory.items()}
+        return asdict(self) | {"peaks": peaks}
 
 
 def forecast(

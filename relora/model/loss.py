@@ -40,7 +40,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(logits, targets)
-        total = logits.new_zeros((), dtype=_dtype(logits))
+        total = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
         for rows in _chunks(logits):
             values = logits[rows].to(total.dtype)
             total += F.cross_entropy(values, targets[rows], ignore_index=IGNORED_LABEL, reduction="sum")
@@ -51,18 +51,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """(softmax - one at the target) * grad, rounded to the dtype of the logits."""
         logits, targets = ctx.saved_tensors
-        result = torch.empty_like(logits)
+        result, wide = torch.empty_like(logits), torch.promote_types(logits.dtype, torch.float32)
         for rows in _chunks(logits):
             has_label = (targets[rows] != IGNORED_LABEL)[:, None]  # (chunk, 1)
-            values = torch.softmax(logits[rows], dim=-1, dtype=_dtype(logits))  # (chunk, vocabulary)
+            values = torch.softmax(logits[rows], dim=-1, dtype=wide)  # (chunk, vocabulary)
             minus_one = -torch.ones_like(has_label, dtype=values.dtype)
             values.scatter_add_(-1, targets[rows].clamp(min=0)[:, None], minus_one)
             result[rows] = values.mul_(has_label * grad)
         return result, None
-
-
-def _dtype(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def _chunks(logits: Tensor) -> Iterator[slice]:

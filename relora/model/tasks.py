@@ -71,15 +71,32 @@ class Task(ABC):
         return summed_cross_entropy(logits.flatten(0, -2), self.targets(batch).flatten())
 
     def metrics(self, loss: float) -> dict[str, float]:
-        """The fields of an evaluation's line of metrics, for the mean `loss` per label on held-out data."""
+        """The fields of an evaluation's line of metrics.
+
+        Args:
+            loss: the mean per label on held-out data, in nats.
+
+        Returns:
+            `eval_loss` first, which makes the line one of an evaluation; others begin with `eval_` too.
+        """
         return {"eval_loss": loss}
 
     def problems(self, model: PreTrainedModel, config: Config) -> list[str]:  # noqa: ARG002
-        """One line for each setting that does not fit the model, found without computing; `model` has no values."""
+        """One line for each setting that does not fit the model, found without computing. None by default.
+
+        Args:
+            model: the plain model, which may be a skeleton without values.
+            config: the settings of the run.
+        """
         return []
 
     def leaks(self, model: nn.Module, vocab_size: int, *, document_mask: bool) -> list[str]:  # noqa: ARG002
-        """One line for each way in which the inputs give the targets away, found by computing with `model`."""
+        """One line for each way in which the inputs give the targets away, found by computing. None by default.
+
+        Args:
+            vocab_size: number of token ids that `model` takes.
+            document_mask: whether attention must stop at the documents of a row.
+        """
         return []
 
 

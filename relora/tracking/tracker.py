@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -22,6 +22,7 @@ from relora.method.registry import resolve
 from relora.tracking.metrics_file import cut_metrics
 from relora.tracking.plots import spectrum_picture
 
+P = ParamSpec("P")
 # A line of metrics is of the kind that the first of these keys in it names; TensorBoard shows its fields under KIND/.
 KINDS = {"loss": "train", "eval_loss": "eval", "restart": "restart", "probe_loss": "probe"}
 
@@ -98,40 +99,36 @@ class Sink:
 
 
 class Tracker:
-    """Hands everything that a run reports to its sinks, in their order; see `Sink` for the arguments."""
+    """Hands everything that a run reports to its sinks, in their order; the arguments are those of `Sink`."""
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = sinks
-
-    def line(self, line: Mapping[str, Any]) -> None:
-        for sink in self.sinks:
-            sink.metrics(line)
-
-    def progress(self, step: int, **fields: str) -> None:
-        for sink in self.sinks:
-            sink.progress(step, **fields)
-
-    def log(self, text: str) -> None:
-        for sink in self.sinks:
-            sink.message(text)
-
-    def text(self, tag: str, text: str, step: int) -> None:
-        for sink in self.sinks:
-            sink.text(tag, text, step)
-
-    def spectra(self, spectra: Mapping[str, Tensor], step: int) -> None:
-        for sink in self.sinks:
-            sink.spectra(spectra, step)
-
-    def sync(self, step: int) -> None:
-        for sink in self.sinks:
-            sink.sync(step)
+        self.line = to_all([sink.metrics for sink in sinks])
+        self.progress = to_all([sink.progress for sink in sinks])
+        self.log = to_all([sink.message for sink in sinks])
+        self.text = to_all([sink.text for sink in sinks])
+        self.spectra = to_all([sink.spectra for sink in sinks])
+        self.sync = to_all([sink.sync for sink in sinks])
 
     def close(self) -> None:
-        """Close every sink, whatever the others do; the last error is raised."""
+        """Close every sink, whatever becomes of the others.
+
+        Raises:
+            Exception: the last one that a sink raised.
+        """
         with ExitStack() as stack:
             for sink in reversed(self.sinks):
                 stack.callback(sink.close)
+
+
+def to_all(methods: Sequence[Callable[P, None]]) -> Callable[P, None]:
+    """A function that calls all of `methods` with its arguments."""
+
+    def call(*args: P.args, **kwargs: P.kwargs) -> None:
+        for method in methods:
+            method(*args, **kwargs)
+
+    return call
 
 
 def open_tracker(context: SinkContext, report_to: Sequence[str]) -> Tracker:

@@ -19,8 +19,8 @@ from filelock import FileLock
 
 import relora.checkpoint.weights
 import relora.commands.load_model
-import relora.train
 import relora.train.stages
+import relora.train.train
 from relora.cli import main
 from relora.config.yaml12 import dump, parse
 
@@ -161,7 +161,7 @@ def _no_model_is_built(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a model was built")
 
     for module, name in [
-        (sys.modules["relora.train.train"], "build"),
+        (sys.modules["relora.train.train"], "build"),  # the function of this name hides the module
         (relora.checkpoint.weights, "build_model"),
         (relora.train.stages, "empty_model"),
         (relora.commands.load_model, "merged_model"),
@@ -490,11 +490,11 @@ MODELS = {
     ),
     "document mask without positions": Case(
         [f"model.config={BLOOM}", "model.attn_implementation=eager", "data.document_mask=true"],
-        ["data.document_mask = true: BloomForCausalLM takes no positions, by which documents are told apart"],
+        ["data.document_mask = true: BloomForCausalLM takes no position_ids, from which the mask is made"],
     ),
     "document mask with alibi": Case(
         [f"model.config={FALCON}", "data.document_mask=true"],
-        ["data.document_mask = true: FalconForCausalLM takes no positions, by which documents are told apart"],
+        ["data.document_mask = true: FalconForCausalLM takes no position_ids, from which the mask is made"],
     ),
     "model that cannot be built": Case(
         [model(hidden_act="gleu")], ["model.config: transformers cannot build the model: KeyError: 'gleu'"]

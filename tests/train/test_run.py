@@ -148,7 +148,7 @@ def test_the_written_config_is_the_same_run(run: Path, capsys: pytest.CaptureFix
 def test_nothing_of_the_warm_start_stays_in_memory(tiny_run: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[weakref.ref[Any]] = []
     alive_at_the_end: list[bool] = []
-    train_module: Any = sys.modules["relora.train.train"]  # the package has the function of that name
+    train_module = sys.modules[train.__module__]  # hidden by the function of the same name
     build, finish = train_module.build, train_module.finish
 
     def watched_build(*args: Any, **kwargs: Any) -> TrainState:
