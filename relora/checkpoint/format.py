@@ -72,7 +72,7 @@ class Manifest(TensorManifest):
 
 
 def format_problem(place: Path, number: object) -> str:
-    """Which version reads the format `number`, where it is not ours."""
+    """Report that `place` has the format `number`, which is not ours, and name the version that reads it."""
     if number == 1:
         return (
             f"{place}: checkpoint format 1, written by relora 0.1; finish or export the run with relora 0.1, or start "

@@ -62,7 +62,7 @@ def prepare_data(config: Config) -> PreparedData:
 
 
 def launch_problems(config: Config) -> list[str]:
-    """What is wrong with the processes that the launcher started, and with the libraries that are installed."""
+    """Problems of the processes that the launcher started, and libraries that the settings need and are missing."""
     quantized = quantization_problem(config.lora.base_dtype) if config.training.method != "full" else None
     return [
         *relora.engines.problems(config, launched_num_processes()),
@@ -71,7 +71,7 @@ def launch_problems(config: Config) -> list[str]:
 
 
 def model_problems(config: Config, hf_config: PretrainedConfig, task: Task) -> list[str]:
-    """What of the settings does not fit the model, tried on a copy of it without memory."""
+    """Settings that do not fit the model, tried on a copy of it without memory."""
     model, problems = read_skeleton(config.model, hf_config, task)
     if model is None:
         return problems
