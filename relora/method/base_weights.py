@@ -83,13 +83,13 @@ class WeightFormat:
         """W of `shape` in `dtype`, from `quantize`'s result; that very tensor where nothing has to be done."""
         if not self.is_quantized:
             return stored.to(dtype)
-        ops, num_scale_bytes = torch.ops.bitsandbytes, 4 * self._num_blocks
+        ops, numel = torch.ops.bitsandbytes, math.prod(self.shape)
+        num_scale_bytes = 4 * -(-numel // _BLOCK)
         scales, entries = stored[:num_scale_bytes].view(torch.float32), stored[num_scale_bytes:]
         written = dtype if dtype in _DEQUANTIZED else torch.float32
         if self.name == "nf4":
             # On the CPU the library begins a new block in each row, and shares rows out to threads: so rows of
             # whole blocks, (numel / 64, 64), where W has them.
-            numel = math.prod(self.shape)
             rows = [numel] if numel % _BLOCK else [numel // _BLOCK, _BLOCK]
             values: Tensor = ops.dequantize_4bit(entries.view(-1, 1), scales, _BLOCK, "nf4", rows, written)
         else:
@@ -105,11 +105,7 @@ class WeightFormat:
         numel = math.prod(self.shape)
         if not self.is_quantized:
             return numel * dtype.itemsize
-        return -(-numel // _ENTRIES_PER_BYTE[self.name or ""]) + 4 * self._num_blocks
-
-    @property
-    def _num_blocks(self) -> int:
-        return -(-math.prod(self.shape) // _BLOCK)
+        return -(-numel // _ENTRIES_PER_BYTE[self.name or ""]) + 4 * -(-numel // _BLOCK)
 
 
 def quantization_problem(name: str) -> str | None:

@@ -81,6 +81,7 @@ class Projection:
     route: Route
 
     def scaled_B(self, dtype: torch.dtype) -> Tensor:
+        """scale * B, (d_out, r), scaled before it is rounded to `dtype`."""
         return (self.B * self.scale).to(dtype)
 
     def right(self, dtype: torch.dtype) -> Tensor:
@@ -107,8 +108,11 @@ class Projection:
 
 
 def frozen_weight(weight: Tensor, weight_format: WeightFormat, dtype: torch.dtype) -> Tensor:
-    """W in its own shape and in `dtype`; the stored tensor itself where nothing has to be done."""
-    # Only quantized weights are stored as integers.
+    """W in its own shape and in `dtype`; the stored tensor itself where nothing has to be done.
+
+    Args:
+        weight: as it is stored: of a float dtype, or quantized, (num_bytes,) in uint8.
+    """
     return weight.to(dtype) if weight.is_floating_point() else weight_format.dequantize(weight, dtype)
 
 
@@ -185,7 +189,11 @@ _WEIGHT, _BIAS, _A, _B, _MERGED = range(_NUM_TENSORS)  # the order of a projecti
 
 
 def _unpack(static: Sequence[tuple[Any, ...]], tensors: Sequence[Any]) -> list[Projection]:
-    """The projections whose tensors stand one after the other in `tensors`."""
+    """The projections whose tensors, `_NUM_TENSORS` each, stand one after the other in `tensors`.
+
+    Args:
+        static: weight_format, scale, transposed and route of each projection.
+    """
     starts = range(0, len(tensors), _NUM_TENSORS)
     return [Projection(*tensors[i : i + _NUM_TENSORS], *rest) for i, rest in zip(starts, static, strict=True)]
 

@@ -178,7 +178,10 @@ class LoRALinear(nn.Module):
 
     @classmethod
     def from_linear(cls, plain: nn.Module, config: LoRAConfig) -> "LoRALinear":
-        """Wrap `plain`; its weight is frozen, and stays where it is unless `config` stores it otherwise."""
+        """Wrap `plain` and freeze its weight.
+
+        `weight` is then the very parameter of `plain`, unless `config.base_dtype` stores it otherwise.
+        """
         layer = cls(plain, config)
         layer.weight.requires_grad_(False)
         return layer
@@ -270,8 +273,8 @@ _cached_route = lru_cache(maxsize=1024)(layer_route)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D (GPT-2), whose weight is (d_in, d_out); by name, without an import."""
-    return _is_class(module, "transformers.pytorch_utils", "Conv1D")
+    """Whether this is transformers' Conv1D (GPT-2), whose weight is (d_in, d_out). Known by name, not imported."""
+    return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -282,13 +285,9 @@ def is_linear(module: nn.Module) -> bool:
     """
     if not isinstance(module.__dict__.get("_parameters", {}).get("weight"), nn.Parameter):
         return False
-    # Falcon's own class computes the same product.
-    same = is_conv1d(module) or _is_class(module, "transformers.models.falcon.modeling_falcon", "FalconLinear")
-    return same or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
-
-
-def _is_class(module: nn.Module, home: str, name: str) -> bool:
-    return (type(module).__module__, type(module).__name__) == (home, name)
+    if type(module).__module__ == "transformers.models.falcon.modeling_falcon":
+        return type(module).__name__ == "FalconLinear"  # its own forward computes the same product
+    return is_conv1d(module) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
 
 
 def factor_names(model: nn.Module) -> set[str]:
@@ -297,7 +296,10 @@ def factor_names(model: nn.Module) -> set[str]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The wrapped layers of a model by canonical name, in the model's order."""
+    """The wrapped layers of a model by canonical name, in the model's order.
+
+    Order and names are the same on every process, whatever the model is wrapped in.
+    """
     found = [(canonical(name), layer) for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
     layers = dict(found)
     assert len(layers) == len(found), "two layers have one canonical name: one of them would never be merged"

@@ -79,6 +79,7 @@ class MergedWeightCache:
         return self._merged
 
     def drop(self) -> None:
+        """Free W + delta; the next `get` that is to form it does so."""
         self._key = self._merged = None
 
 

@@ -18,7 +18,7 @@ FORM_COST = {"cpu": 2.0, "cuda": 16.0}
 
 
 def full_rank_flops(num_tokens: int, d_in: int, d_out: int) -> int:
-    """Forward and backward of the plain layer, its weight trained."""
+    """Forward and backward pass of the plain layer whose weight trains: y = x W^T, dx = dy W, dW = dy^T x."""
     return 6 * num_tokens * d_in * d_out
 
 

@@ -6,6 +6,7 @@ One call of the kernels for all of them saves x once and stacks their small prod
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,10 @@ class SiblingGroup:
 
 
 def group_siblings(model: nn.Module) -> None:
-    """Let the wrapped layers of `model` that read the same x compute together."""
+    """Let the wrapped layers of `model` that read the same x compute together.
+
+    Cross-attention is left out by its name; a group that its name does not tell dissolves at its second pass.
+    """
     for name, parent in model.named_modules():
         if not _CROSS.search(name):
             for layers in _find_siblings(parent):
@@ -139,10 +143,7 @@ def group_siblings(model: nn.Module) -> None:
 
 def _find_siblings(parent: nn.Module) -> Iterator[list[LoRALinear]]:
     """Wrapped children of `parent` that are named like siblings, and can be computed by one call of the kernels."""
-
-    def kind(layer: LoRALinear) -> tuple[object, ...]:
-        return layer.in_features, layer.r, layer.scale, layer.weight_format.name, layer.transposed
-
+    kind = attrgetter("in_features", "r", "scale", "weight_format.name", "transposed")
     for names in SIBLINGS:
         found = [child for name in names if isinstance(child := parent._modules.get(name), LoRALinear)]
         alike = [layer for layer in found if kind(layer) == kind(found[0])]
