@@ -2,14 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from relora.config import Config
 from relora.config.derived import derived_numbers, lora_config, schedule_of
-from relora.forecast.dry_run import DryRun, dry_run_update
+from relora.forecast.dry_run import dry_run_update
 from relora.forecast.engine_costs import Launch, SentBytes, can_cache_merged, num_independent_updates, sent_bytes
 from relora.forecast.flops import (
     LayerWork,
@@ -85,7 +84,11 @@ def saving_advice(full: int, low: int) -> Iterator[str]:
 
 
 def room_advice(stage: str, peak: int, *, room: float | None) -> Iterator[str]:
-    """Advice on a stage whose peak does not fit into `room` bytes of a device; none where that is None."""
+    """Advice on a stage whose peak does not fit.
+
+    Args:
+        room: bytes of the device that a run can use; None if that is not known.
+    """
     if room is not None and peak > room:
         yield (
             f"stage {stage} needs {peak / 2**30:.1f} GiB and the device leaves {room / 2**30:.1f}: try "
@@ -194,18 +197,17 @@ def forecast_memory(
     stage: Stage, config: Config, hf_config: PretrainedConfig, launch: Launch, model: StageModel
 ) -> tuple[StageMemory, PeakLine]:
     """The memory at the configured batch, and how it grows with the batch on a GPU."""
-    batch = config.training.per_device_batch_size
-
-    @cache
-    def dry_run(batch_size: int, on_gpu: bool) -> DryRun:
-        return dry_run_update(stage, config, hf_config, batch_size=batch_size, on_gpu=on_gpu)
-
-    def at(batch_size: int, place: Launch) -> StageMemory:
-        return stage_memory(stage, config, place, model, dry_run(batch_size, place.on_gpu))
-
-    small, on_gpu = max(batch, LEAST_ON_LINE), replace(launch, on_gpu=True)
-    line = line_through(at(small, on_gpu), at(2 * small, on_gpu), small, 2 * small)
-    return at(batch, launch), line
+    batch, on_gpu = config.training.per_device_batch_size, replace(launch, on_gpu=True)
+    small = max(batch, LEAST_ON_LINE)
+    # A set: on a GPU the configured batch is mostly one of the two on the line.
+    memory = {
+        (size, place): stage_memory(
+            stage, config, place, model, dry_run_update(stage, config, hf_config, batch_size=size, on_gpu=place.on_gpu)
+        )
+        for size, place in {(batch, launch), (small, on_gpu), (2 * small, on_gpu)}
+    }
+    line = line_through(memory[small, on_gpu], memory[2 * small, on_gpu], small, 2 * small)
+    return memory[batch, launch], line
 
 
 def forecast_compute(config: Config, work: LayerWork) -> Compute:

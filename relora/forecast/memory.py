@@ -176,7 +176,11 @@ class BatchFit:
 
 
 def line_through(small: StageMemory, large: StageMemory, small_batch: int, large_batch: int) -> PeakLine:
-    """The line through the peaks of an update at two batches; the peaks of restarts and saves are its floor."""
+    """The line through the peaks of an update at two batches; the peaks of restarts and saves are its floor.
+
+    Args:
+        small, large: the memory of a stage at `small_batch` and at `large_batch` samples per device.
+    """
     slope = (large.update - small.update) / (large_batch - small_batch)
     floor = max(small.restart or 0, small.save)
     return PeakLine(floor, small.update - slope * small_batch, slope)
@@ -196,6 +200,9 @@ def fit_batch(gib: float, lines: dict[str, PeakLine], divisors: Sequence[int]) -
 
 
 def divisors_of(global_batch_size: int, num_processes: int) -> list[int]:
-    """The batches per device that `training.global_batch_size` allows on so many processes."""
+    """The batches per device that `training.global_batch_size` allows on so many processes, ascending.
+
+    12 on 2 processes: 1, 2, 3, 6.
+    """
     most = global_batch_size // num_processes
     return [size for size in range(1, most + 1) if global_batch_size % (size * num_processes) == 0]
