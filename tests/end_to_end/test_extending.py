@@ -4,8 +4,9 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from relora.config import check
+from relora.errors import UserError
 from relora.files import sha256_of
 from relora.train.train import train
 from tests.helpers.launch import accelerate, written
@@ -22,6 +24,8 @@ from tests.helpers.tiny import all_metrics, metrics, only, settings
 PAGE = ROOT / "docs" / "extending.md"
 STOP_STEP = 8  # after the restart at 7, before the one at 10
 LAST_STEP = 12
+
+Trained = Callable[[str | None], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -66,17 +70,26 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def plain_losses(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """The losses of the tiny run without any example."""
-    tree = settings(corpus, tmp_path_factory.mktemp("plain") / "run")
-    train(check(tree))
-    return only(metrics(tree["output_dir"]), "loss")
+def trained(
+    corpus: Path,
+    project: Path,  # noqa: ARG001 (the examples must be importable)
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Trained:
+    """Settings of a finished tiny run by the title of its example, None for a run without any; each trains once."""
+
+    @cache
+    def run_of(title: str | None) -> dict[str, Any]:
+        tree = settings_with(title, corpus, tmp_path_factory.mktemp("example") / "run")
+        train(check(tree))
+        return tree
+
+    return run_of
 
 
-def settings_with(title: str, corpus: Path, run: Path) -> dict[str, Any]:
+def settings_with(title: str | None, corpus: Path, run: Path) -> dict[str, Any]:
     """The settings of the tiny run and, over them, the keys of the example."""
     tree = settings(corpus, run)
-    for section, keys in EXAMPLES[title].keys.items():
+    for section, keys in EXAMPLES[title].keys.items() if title is not None else ():
         tree[section] |= keys
     return tree
 
@@ -106,70 +119,55 @@ def test_the_page_has_an_example_of_each_kind() -> None:
     assert len(EXAMPLES) == len({*kinds, *more})
 
 
-@pytest.mark.usefixtures("project")
 @pytest.mark.parametrize("title", IN_ONE_PROCESS)
-def test_an_example_trains_restarts_and_resumes(
-    title: str, corpus: Path, plain_losses: dict[int, float], tmp_path: Path
-) -> None:
-    tree, whole, resumed = settings_with(title, corpus, tmp_path / "whole"), tmp_path / "whole", tmp_path / "resumed"
-    train(check(tree))
-    lines = metrics(whole)
+def test_an_example_trains_restarts_and_resumes(title: str, trained: Trained, tmp_path: Path) -> None:
+    tree, resumed = trained(title), tmp_path / "resumed"
+    lines = metrics(tree["output_dir"])
     assert list(only(lines, "restart")) == [7, 10]
     losses = only(lines, "loss")
     assert list(losses) == list(range(1, LAST_STEP + 1))
-    # The example is in effect: it trains otherwise than its absence does, unless it only watches.
+    # The example is in effect: without it the run trains otherwise, unless the example only watches.
+    plain_losses = only(metrics(trained(None)["output_dir"]), "loss")
     assert (losses == plain_losses) == (title == "A metric sink")
 
     train(check(stopped(tree, resumed)))
     assert metrics(resumed) == lines
-    assert len(hashes(whole)) >= 2
-    assert hashes(resumed) == hashes(whole)
+    assert len(hashes(resumed)) >= 2
+    assert hashes(resumed) == hashes(Path(tree["output_dir"]))
 
 
-@pytest.mark.usefixtures("project")
-def test_the_optimizer_learns_and_a_restart_clears_its_state(corpus: Path, tmp_path: Path) -> None:
-    tree = settings_with("An optimizer", corpus, tmp_path / "run")
-    tree["optim"]["learning_rate"] = 3e-3  # for twelve updates
-    train(check(tree))
-    lines = metrics(tmp_path / "run")
-    losses = only(lines, "loss")
-    assert losses[LAST_STEP] < losses[1] - 0.05
+def test_the_optimizer_learns_and_a_restart_clears_its_state(trained: Trained) -> None:
+    lines = metrics(trained("An optimizer")["output_dir"])
+    losses = only(lines, "eval_loss")
+    assert losses[LAST_STEP] < losses[0] - 0.05
     assert set(only(lines, "optimizer_zeroed_fraction").values()) == {1.0}
 
 
-@pytest.mark.usefixtures("project")
-def test_the_reinit_with_B_keeps_the_function(corpus: Path, tmp_path: Path) -> None:
-    train(check(settings_with("A reinit policy", corpus, tmp_path / "run")))
-    lines = metrics(tmp_path / "run")
+def test_the_reinit_with_factors_that_are_not_zero_preserves_the_function(trained: Trained) -> None:
+    lines = metrics(trained("A reinit policy")["output_dir"])
     before, after = only(lines, "probe_loss_before"), only(lines, "probe_loss_after")
     assert list(before) == [7, 10]
     assert all(abs(before[step] - after[step]) < 1e-4 for step in before)
 
 
-@pytest.mark.usefixtures("project")
-def test_the_reset_clears_the_share_that_the_settings_ask_for(corpus: Path, tmp_path: Path) -> None:
-    tree = settings_with("A reset policy", corpus, tmp_path / "run")
-    train(check(tree))
-    # At least prune_ratio: a moment may have had zeros before. r and widths of the tiny model are even.
-    for fraction in only(metrics(tmp_path / "run"), "optimizer_zeroed_fraction").values():
+def test_the_reset_clears_the_fraction_that_the_settings_ask_for(trained: Trained) -> None:
+    tree = trained("A reset policy")
+    # At least prune_ratio: a moment may have had zeros before.
+    for fraction in only(metrics(tree["output_dir"]), "optimizer_zeroed_fraction").values():
         assert tree["relora"]["prune_ratio"] <= fraction < 1
 
 
-@pytest.mark.usefixtures("project")
-def test_the_sink_has_each_loss_once_after_a_resume(corpus: Path, tmp_path: Path) -> None:
-    tree = settings_with("A metric sink", corpus, tmp_path / "whole")
-    train(check(tree))
-    written_losses = (tmp_path / "whole" / "loss.csv").read_text()
-    losses = only(metrics(tmp_path / "whole"), "loss")
-    assert written_losses.splitlines() == [f"{step},{loss}" for step, loss in losses.items()]
+def test_the_sink_has_each_loss_once_after_a_resume(trained: Trained, tmp_path: Path) -> None:
+    tree = trained("A metric sink")
+    csv_file = Path(tree["output_dir"]) / "loss.csv"
+    losses = only(metrics(tree["output_dir"]), "loss")
+    assert csv_file.read_text().splitlines() == [f"{step},{loss}" for step, loss in losses.items()]
     train(check(stopped(tree, tmp_path / "resumed")))
-    assert (tmp_path / "resumed" / "loss.csv").read_text() == written_losses
+    assert (tmp_path / "resumed" / "loss.csv").read_text() == csv_file.read_text()
 
 
 @pytest.mark.usefixtures("project")
 def test_the_source_reports_its_own_mistakes(corpus: Path, tmp_path: Path) -> None:
-    from relora.errors import UserError
-
     tree = settings_with("A kind of data source", corpus, tmp_path / "run")
     tree["data"]["sources"] = [tree["data"]["sources"][0] | {"name": "many"}]
     with pytest.raises(UserError, match="name = many: must be the number of documents"):
