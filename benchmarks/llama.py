@@ -16,6 +16,7 @@ from relora import LoRAConfig, build_optimizer
 from relora.config.schema import ModelSection
 from relora.method.choices import BaseDtype
 from relora.model.model import build_model, load_hf_config
+from relora.model.tasks import CausalLM
 
 TASK = CausalLM()
 MAX_GRAD_NORM = 1.0

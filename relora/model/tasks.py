@@ -32,10 +32,12 @@ class Task(ABC):
     Attributes:
         auto_class: the class of transformers that builds the model, such as AutoModelForCausalLM.
         description: what `auto_class` builds, in an error message.
+        writes_text: whether the model can continue a prompt; evaluations then show samples.
     """
 
     auto_class: ClassVar[Any]
     description: ClassVar[str]
+    writes_text: ClassVar[bool] = False
 
     @abstractmethod
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
@@ -109,6 +111,7 @@ class CausalLM(Task):
 
     auto_class = AutoModelForCausalLM
     description = "causal language model"
+    writes_text = True
 
     def inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {key: batch[key] for key in ("input_ids", "position_ids") if key in batch}

@@ -3,6 +3,7 @@
 A restart comes before the checkpoint of its step, so it is never replayed.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -147,9 +148,12 @@ class Callbacks:
         loss = held_out_loss(self.state, self.engine, batches)
         metrics = run.task.metrics(loss)
         self.tracker.line({"step": step, **metrics})
-        perplexity = metrics["eval_perplexity"]
-        self.tracker.log(f"step {step}: held-out loss {loss:.4f} nats, perplexity {perplexity:.2f}")
-        self.sample(step)
+        others = {name.removeprefix("eval_"): value for name, value in metrics.items() if name != "eval_loss"}
+        details = "".join(f", {name} {value:.2f}" for name, value in others.items())
+        self.tracker.log(f"step {step}: held-out loss {loss:.4f} nats{details}")
+        # A loss that is not finite leaves nothing to sample from; after skipped updates it can come to that.
+        if run.task.writes_text and math.isfinite(loss):
+            self.sample(step)
         if self.stage.is_low_rank and step == run.schedule.max_steps:
             self.tracker.spectra(self.spectra(), step)
 

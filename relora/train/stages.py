@@ -54,10 +54,10 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
     resumes = state.stage == stage.name
     # 1. The model as the stage trains it, still without values, and its optimizer, on the engine.
     model = empty_model(config.model, hf_config, engine.task)
-    make_trainable(model, stage, config, draw_index=engine.draw_index)
+    make_trainable(model, stage, config)
     live = engine.prepare(model, lambda prepared: optimizer_for(prepared, config))
     place_masters(live.model, engine, folder=Path(config.output_dir) if config.lora.master == "disk" else None)
-    # 2. Weights; the factors stay as they were drawn unless they come from this stage.
+    # 2. Weights, and new factors unless they come from this stage.
     weights = first_weights(config, hf_config, engine) if state.stage is None else state.weights
     load_weights(live.model, weights, engine.store, factors=resumes)
     if stage.is_low_rank and not resumes:
@@ -77,12 +77,12 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
     return live
 
 
-def make_trainable(model: PreTrainedModel, stage: Stage, config: Config, *, draw_index: int = 0) -> None:
-    """Make a plain model, in place, the one that `stage` trains."""
+def make_trainable(model: PreTrainedModel, stage: Stage, config: Config) -> None:
+    """Make a plain model, in place, the one that `stage` trains. Its weights need no values yet."""
     if config.model.liger_kernel:
         use_liger_kernels(model)
     if stage.is_low_rank:
-        inject_lora(model, lora_config(config), seed=config.seed, reinit=config.relora.reinit, draw_index=draw_index)
+        inject_lora(model, lora_config(config), reinit=None)  # `start_factors` draws them
     else:
         freeze_untrained(model, config.training.trainable)
     if config.model.gradient_checkpointing:

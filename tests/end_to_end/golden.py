@@ -172,7 +172,7 @@ def train(tree: dict[str, Any], engine: str | None) -> None:
             code = relora(["train", str(config)])
         said = printed.getvalue()
     else:
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch_file(engine)]
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", *launch_options(engine)]
         # DeepSpeed's first run on a machine compiles for a minute.
         result = run_program([*launcher, "-m", "relora", "train", str(config)], timeout_s=300)
         code, said = result.returncode, result.stderr
@@ -180,8 +180,8 @@ def train(tree: dict[str, Any], engine: str | None) -> None:
         raise RuntimeError(f"relora train {config} ended with {code}:\n{said[-6000:]}")
 
 
-def launch_file(engine: str) -> str:
-    return f"launch/{engine}_cpu.yaml"
+def launch_options(engine: str) -> list[str]:
+    return ["--config_file", f"launch/{engine}.yaml", "--num_processes", "2"]
 
 
 def kill(run: Path, step: int) -> None:
@@ -260,7 +260,7 @@ def allowance(key: str, recorded: float, golden: Golden) -> float:
     return (golden.loss if key in LOSSES else golden.others) * abs(recorded)
 
 
-class ChangedError(Exception):
+class ChangedError(RuntimeError):
     """A run is not as recorded."""
 
 
@@ -350,7 +350,7 @@ def main() -> int:
             began = time.monotonic()
             try:
                 said = options.do(name, folder)
-            except ChangedError as complaint:
+            except RuntimeError as complaint:
                 ended_well, said = False, str(complaint)
             print(f"{name} ({time.monotonic() - began:.0f} s): {said}", flush=True)
     return 0 if ended_well else 1

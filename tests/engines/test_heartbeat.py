@@ -178,7 +178,8 @@ from torch import distributed
 from heartbeat import Heartbeat, Limits, agree_on_name
 
 distributed.init_process_group("gloo")
-watch = Heartbeat(distributed.get_rank(), distributed.get_world_size(), agree_on_name(), Limits(every_s=0.1, grace_s=1.5))
+who = distributed.get_rank(), distributed.get_world_size()
+watch = Heartbeat(*who, agree_on_name(), Limits(every_s=0.1, grace_s=1.5))
 watch.start()
 if distributed.get_rank() == 1:
     watch.report_failure("ValueError: from " + os.environ["TORCHELASTIC_USE_AGENT_STORE"])
