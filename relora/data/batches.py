@@ -1,21 +1,114 @@
-"""The sample at a position, and the micro-batches of a process from a position on."""
+"""Rows of tokens, the sample at a position, and the micro-batches of a process from a position on.
+
+Tokens are read from memory-mapped Arrow files, only the requested rows, so that memory and start-up time do not grow
+with the corpus.
+"""
 
 import signal
+from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import NamedTuple, cast
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from relora.data.manifest import StreamRecord
 from relora.data.mixture import Mixture, row_of
-from relora.data.token_stream import Row, TokenStream
 
 Batch = dict[str, Tensor]
 MakeBatch = Callable[..., Batch]  # (rows, sequence_length, *, eos_id, document_mask), as `make_batch`
 IGNORED_LABEL = -100  # transformers' ignore_index
 READER_GRACE_S = 300
+# An open file takes about a kilobyte per record batch and one memory mapping, of which a process may have 65530.
+MAX_OPEN_FILES = 256
+
+
+class Row(NamedTuple):
+    """tokens: [n], n <= sequence_length, int64; starts: [d], where in the row documents begin, ascending."""
+
+    tokens: np.ndarray
+    starts: np.ndarray
+
+
+class TokenFile:
+    """One Arrow file. values[k]: the tokens of record batch k; offsets[k]: [its documents + 1]; views, no copies."""
+
+    def __init__(self, path: Path) -> None:
+        self.values: list[np.ndarray] = []
+        self.offsets: list[np.ndarray] = []
+        with pa.memory_map(str(path)) as file:  # closed at once: the views need the mapping only
+            for batch in pa.ipc.open_stream(file):
+                column = batch.column(0)
+                self.values.append(column.values.to_numpy(zero_copy_only=True))
+                self.offsets.append(column.offsets.to_numpy(zero_copy_only=True))
+        self.ends = np.cumsum([len(values) for values in self.values], dtype=np.int64)
+        self.num_tokens = int(self.ends[-1]) if len(self.ends) else 0
+        self.num_documents = sum(len(offsets) - 1 for offsets in self.offsets)
+
+    def parts(self, start: int, stop: int) -> Iterator[Row]:
+        """Tokens start..stop of the file, one part per record batch; `starts` count from the beginning of the part."""
+        k = int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            base = int(self.ends[k]) - len(self.values[k])
+            end = min(stop, int(self.ends[k]))
+            low, high = np.searchsorted(self.offsets[k][:-1], [start - base, end - base])
+            yield Row(self.values[k][start - base : end - base], self.offsets[k][low:high] - (start - base))
+            start, k = end, k + 1
+
+
+class TokenStream:
+    """Rows of `sequence_length` tokens across the borders of documents and files; only the last may be shorter.
+
+    Pickled without its open files, so that the workers of a DataLoader open their own.
+    """
+
+    def __init__(self, folder: Path, record: StreamRecord, sequence_length: int) -> None:
+        self.folder = folder
+        self.sequence_length = sequence_length
+        self.num_tokens = record.tokens
+        self.num_rows = -(-record.tokens // sequence_length)
+        self.names = [file.name for file in record.files]
+        self.ends = np.cumsum([file.tokens for file in record.files], dtype=np.int64)
+        self._open: OrderedDict[int, TokenFile] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+    def row(self, number: int) -> Row:
+        """Row `number`, 0 <= number < num_rows. Raises IndexError outside."""
+        if not 0 <= number < self.num_rows:
+            raise IndexError(f"row {number} of {self.num_rows}")
+        start = number * self.sequence_length
+        return self.span(start, min(start + self.sequence_length, self.num_tokens))
+
+    def span(self, start: int, stop: int) -> Row:
+        """Tokens start..stop of the stream."""
+        tokens = np.empty(stop - start, dtype=np.int64)
+        starts = []
+        filled = 0
+        k = int(np.searchsorted(self.ends, start, side="right"))
+        while start < stop:
+            # File k, opened if necessary; at most MAX_OPEN_FILES stay open, the least recently used is closed.
+            if k not in self._open:
+                self._open[k] = TokenFile(self.folder / self.names[k])
+                if len(self._open) > MAX_OPEN_FILES:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(k)
+            # The span's tokens in it; its own first token is token `base` of the stream.
+            file, end = self._open[k], min(stop, int(self.ends[k]))
+            base = int(self.ends[k]) - file.num_tokens
+            for part in file.parts(start - base, end - base):
+                tokens[filled : filled + len(part.tokens)] = part.tokens
+                starts.append(part.starts + np.int64(filled))
+                filled += len(part.tokens)
+            start, k = end, k + 1
+        return Row(tokens, np.concatenate(starts) if len(starts) != 1 else starts[0])
+
+
 NO_TOKENS = Row(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 
@@ -160,7 +253,7 @@ def micro_batches(
         samples,
         batch_sampler=cast("Iterator[list[int]]", positions),
         num_workers=num_workers,
-        collate_fn=unchanged,  # a batch is already one: `Samples.__getitems__`
+        collate_fn=dict,  # `Samples.__getitems__` returns a whole batch
         pin_memory=pin_memory,
         worker_init_fn=outlive_stop,
         generator=torch.Generator(),  # else the loader would draw from torch's global generator, and advance it
@@ -182,7 +275,3 @@ def outlive_stop(_: int) -> None:
     process of the death of its reader.
     """
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(READER_GRACE_S))
-
-
-def unchanged(batch: Any) -> Any:
-    return batch

@@ -10,10 +10,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from relora.config.schema import DataSection
-from relora.data.batches import IGNORED_LABEL, NO_TOKENS, Batch, MakeBatch, Samples, make_batch
+from relora.data.batches import IGNORED_LABEL, NO_TOKENS, Batch, MakeBatch, Samples, TokenStream, make_batch
 from relora.data.manifest import MANIFEST, Manifest, StreamRecord, read_manifest
 from relora.data.mixture import Mixture
-from relora.data.token_stream import TokenStream
 from relora.errors import UserError, raise_if_any
 
 TOKENIZER_FOLDER = "tokenizer"

@@ -13,10 +13,10 @@ from datasets import Dataset, Features, List, Value
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from relora.data.batches import TokenFile
 from relora.data.manifest import FileRecord, SourceRecord, StreamRecord
 from relora.data.sources import TEXT
 from relora.data.split import document_pieces, is_held_out
-from relora.data.token_stream import TokenFile
 from relora.data.tokenizer import encoder_of, num_ids
 from relora.files import sync
 

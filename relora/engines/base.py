@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -85,7 +85,11 @@ class Engine(ABC):
 
     def __init__(self, world: World, task: Task, *, mixed_precision: str, max_grad_norm: float | None) -> None:
         self.world, self.task = world, task
-        self._bf16, self._max_grad_norm = mixed_precision == "bf16", max_grad_norm
+        self._max_grad_norm = max_grad_norm
+        # The precision of training, entered anew for each use. Accelerate's would copy the logits to fp32 and patch
+        # model.forward.
+        bf16 = mixed_precision == "bf16"
+        self.autocast = partial(torch.autocast, world.device.type, dtype=torch.bfloat16, enabled=bf16)
 
     @abstractmethod
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> TrainState:
@@ -170,10 +174,6 @@ class Engine(ABC):
     def total_norm(self, trained: Sequence[nn.Parameter]) -> Tensor:
         """The norm of all gradients together, the same on every process."""
         return torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
-
-    def autocast(self) -> torch.autocast:
-        """The precision of training. Accelerate's own would copy the logits to fp32 and patch model.forward."""
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=self._bf16)
 
     def to_device(self, batch: Batch) -> Batch:
         """The tensors of a batch on this process's device; does not wait for the copies."""

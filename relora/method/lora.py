@@ -206,7 +206,7 @@ class LoRALinear(nn.Module):
         if shared is not None:
             return shared
         projection = self.projection(x)
-        if self.active_dropout:
+        if self.training and isinstance(self.dropout, nn.Dropout):
             return project_dropped(x, self.dropout(x), projection)
         [y] = project(x, [projection])
         return y
@@ -244,17 +244,12 @@ class LoRALinear(nn.Module):
             forward=self.forward_choice,
             weight_format=self.weight_format.name,
             weight_dtype=self.weight.dtype,
-            dropout=self.active_dropout,
+            dropout=self.dropout.p if self.training and isinstance(self.dropout, nn.Dropout) else 0.0,
             device_type=self.weight.device.type,
             dtype=dtype,
             num_forms=num_forms,
             with_gradients=with_gradients,
         )
-
-    @property
-    def active_dropout(self) -> float:
-        """The probability of dropout in this mode; 0 in eval mode."""
-        return self.dropout.p if self.training and isinstance(self.dropout, nn.Dropout) else 0.0
 
     @property
     def active_cache(self) -> "MergedWeightCache | None":

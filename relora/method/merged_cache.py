@@ -28,7 +28,7 @@ class CacheGroup:
 
         def drop_all(*_: object) -> None:  # refers to the set, not to the group, which would then live forever
             for cache in caches:
-                cache.drop()
+                cache._key = cache._merged = None
 
         weakref.finalize(self, register_optimizer_step_post_hook(drop_all).remove)
 

@@ -68,7 +68,7 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """The learning rate of the update from `step` to `step + 1`."""
-        in_warm_start = self.has_low_rank_stage and self.stage(step) == "full_rank"
+        in_warm_start = step < self.warm_start_steps < self.max_steps
         peak = self.warm_start_learning_rate if in_warm_start else None
         return self.multiplier(step) * (self.learning_rate if peak is None else peak)
 

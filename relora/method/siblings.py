@@ -101,7 +101,13 @@ class SiblingGroup:
             return None
         # A recomputation must save the same tensors as its forward pass: only a forward pass ends a group that does
         # not fit.
-        if not (self._fits or in_backward) or not self._is_whole(x):
+        # Nor can layers compute that are not here: with full shapes, on x's device, no DTensors. So for a model that a
+        # user shards himself; an engine that shards says so by `can_group`.
+        parameters = [p for own in self._layers for p in own.parameters()]
+        types = (nn.Parameter, type(x))  # the latter for fake tensors
+        is_here = all(p.device == x.device and type(p) in types for p in parameters)
+        is_whole = is_here and [p.shape for p in parameters] == self._shapes
+        if not (self._fits or in_backward) or not is_whole:
             self.dissolve()
             return None
         # 4. All outputs by one call.
@@ -116,16 +122,6 @@ class SiblingGroup:
         self._waiting = None
         for layer in self._layers:
             layer.siblings = None
-
-    def _is_whole(self, x: Tensor) -> bool:
-        """Whether all parameters are here to compute with: of their full shapes, on x's device, and no DTensors.
-
-        So for a model that a user shards himself; an engine that shards says so by `can_group`.
-        """
-        parameters = [p for layer in self._layers for p in layer.parameters()]
-        types = (nn.Parameter, type(x))  # the latter for fake tensors
-        is_here = all(p.device == x.device and type(p) in types for p in parameters)
-        return is_here and [p.shape for p in parameters] == self._shapes
 
 
 def group_siblings(model: nn.Module) -> None:

@@ -6,7 +6,6 @@ and never holds all logits, but needs the weight of the output head: it would by
 (scales, soft caps), and the hooks through which FSDP2 and ZeRO-3 gather that weight.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,8 +39,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
         ctx.save_for_backward(logits, targets)
+        ctx.chunk_rows = max(1, CHUNK_NUMBERS // logits.shape[1])
         total = logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
-        for rows in _chunks(logits):
+        for first in range(0, len(logits), ctx.chunk_rows):
+            rows = slice(first, first + ctx.chunk_rows)
             values = logits[rows].to(total.dtype)
             total += F.cross_entropy(values, targets[rows], ignore_index=IGNORED_LABEL, reduction="sum")
         return total
@@ -52,17 +53,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
         """(softmax - one at the target) * grad, rounded to the dtype of the logits."""
         logits, targets = ctx.saved_tensors
         result, wide = torch.empty_like(logits), torch.promote_types(logits.dtype, torch.float32)
-        for rows in _chunks(logits):
+        for first in range(0, len(logits), ctx.chunk_rows):
+            rows = slice(first, first + ctx.chunk_rows)
             has_label = (targets[rows] != IGNORED_LABEL)[:, None]  # (chunk, 1)
             values = torch.softmax(logits[rows], dim=-1, dtype=wide)  # (chunk, vocabulary)
             minus_one = -torch.ones_like(has_label, dtype=values.dtype)
             values.scatter_add_(-1, targets[rows].clamp(min=0)[:, None], minus_one)
             result[rows] = values.mul_(has_label * grad)
         return result, None
-
-
-def _chunks(logits: Tensor) -> Iterator[slice]:
-    """Slices of rows that hold at most CHUNK_NUMBERS logits, and at least one row."""
-    num_rows, width = logits.shape
-    size = max(1, CHUNK_NUMBERS // width)
-    return (slice(first, first + size) for first in range(0, num_rows, size))

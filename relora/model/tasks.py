@@ -16,9 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from relora.config import Config, UserError
-from relora.data import batches as data_batches
-from relora.data.batches import IGNORED_LABEL, Batch
-from relora.data.token_stream import Row
+from relora.data.batches import IGNORED_LABEL, Batch, Row, make_batch
 from relora.method.registry import resolve
 from relora.model.loss import summed_cross_entropy
 
@@ -123,8 +121,7 @@ class CausalLM(Task):
         """
         return F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED_LABEL)
 
-    def make_batch(self, rows: Sequence[Row], sequence_length: int, *, eos_id: int, document_mask: bool) -> Batch:
-        return data_batches.make_batch(rows, sequence_length, eos_id=eos_id, document_mask=document_mask)
+    make_batch = staticmethod(make_batch)
 
     def metrics(self, loss: float) -> dict[str, float]:
         """Loss in nats, and exp(loss), infinite where that overflows."""

@@ -92,14 +92,6 @@ def flops_per_token(
     return flops + 12.0 * sequence_length * int(config.num_hidden_layers * heads * head_dim)
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most bytes allocated on the GPU, or on a CPU the largest resident size of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    # Linux counts in KiB, macOS in bytes.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 # In the first two updates engines set themselves up: DDP sends its buckets' order, ZeRO-3 traces the modules.
 COUNTED_UPDATE = 3
 
@@ -167,7 +159,12 @@ class Meter:
         fields = {"tokens_per_second": self._tokens_per_update / step_seconds, "step_seconds": step_seconds}
         if self._peak_tokens_per_second is not None:
             fields["mfu"] = fields["tokens_per_second"] / self._peak_tokens_per_second
-        fields["peak_memory_bytes"] = peak_memory_bytes(self._engine.world.device)
+        device = self._engine.world.device
+        if device.type == "cuda":
+            fields["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+        else:  # the largest resident size of this process, which Linux counts in KiB and macOS in bytes
+            unit = 1 if sys.platform == "darwin" else 1024
+            fields["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         return fields | self._bytes_sent
 
     def _saved_bytes(self, num_micro_batches: int) -> float:

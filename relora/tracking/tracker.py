@@ -103,12 +103,12 @@ class Tracker:
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self.sinks = sinks
-        self.line = to_all([sink.metrics for sink in sinks])
-        self.progress = to_all([sink.progress for sink in sinks])
-        self.log = to_all([sink.message for sink in sinks])
-        self.text = to_all([sink.text for sink in sinks])
-        self.spectra = to_all([sink.spectra for sink in sinks])
-        self.sync = to_all([sink.sync for sink in sinks])
+        self.line = to_all(Sink.metrics, [sink.metrics for sink in sinks])
+        self.progress = to_all(Sink.progress, [sink.progress for sink in sinks])
+        self.log = to_all(Sink.message, [sink.message for sink in sinks])
+        self.text = to_all(Sink.text, [sink.text for sink in sinks])
+        self.spectra = to_all(Sink.spectra, [sink.spectra for sink in sinks])
+        self.sync = to_all(Sink.sync, [sink.sync for sink in sinks])
 
     def close(self) -> None:
         """Close every sink, whatever becomes of the others.
@@ -121,8 +121,9 @@ class Tracker:
                 stack.callback(sink.close)
 
 
-def to_all(methods: Sequence[Callable[P, None]]) -> Callable[P, None]:
-    """A function that calls all of `methods` with its arguments."""
+def to_all(default: Callable[..., None], methods: Sequence[Callable[P, None]]) -> Callable[P, None]:
+    """A function that calls all of `methods` with its arguments, but for those that are the do-nothing `default`."""
+    methods = [method for method in methods if getattr(method, "__func__", None) is not default]
 
     def call(*args: P.args, **kwargs: P.kwargs) -> None:
         for method in methods:

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count, islice
 
 import torch
 from torch import Tensor
@@ -55,11 +55,15 @@ class Callbacks:
         if step > 0 and (step % training.save_steps == 0 or step == training.max_steps):
             self.save(step, num_skipped)
 
-    def is_due(self, step: int) -> bool:
-        """Whether any callback is due at `step`."""
+    def next_due(self, step: int) -> int:
+        """The first step after `step` at which any callback is due; the last step of the run is one."""
         training = self.run.config.training
-        save_due = step % training.save_steps == 0 or step == training.max_steps
-        return save_due or self.evaluation_due(step) or self.restart_due(step) or self.probe_due(step)
+        for later in count(step + 1):
+            if later % training.save_steps == 0 or later >= training.max_steps or self.evaluation_due(later):
+                break
+            if self.restart_due(later) or self.probe_due(later):
+                break
+        return later
 
     def restart_due(self, step: int) -> bool:
         """Whether a restart takes place after update `step`."""

@@ -56,13 +56,14 @@ class Loop:
             NotFiniteError: 10 updates in a row had to be skipped.
         """
         meter, unread, stops = Meter(self.engine, self.state, self.config), list[Update](), False
+        next_due = self.callbacks.next_due(step)
         while step < until and not stops:
             batches = next(self.batches)
             with meter.measure(len(batches)):
                 unread.append(self.update(step, batches))
             step, stops = step + 1, unread[-1].stop and step + 1 < until
             is_logged = step % self.config.training.logging_steps == 0 or step == self.schedule.max_steps
-            is_due = self.callbacks.is_due(step) and not stops and (step < until or callbacks_at_end)
+            is_due = step == next_due and not stops and (step < until or callbacks_at_end)
             # The host reads the result of an update while the device computes the next one, and waits for the device
             # only where somebody needs the newest.
             if len(unread) > 1:
@@ -74,6 +75,7 @@ class Loop:
             if is_due:
                 with meter.pause():
                     self.callbacks(step, self.num_skipped)
+                next_due = self.callbacks.next_due(step)
         return step, stops
 
     def update(self, step: int, batches: Sequence[Batch]) -> Update:

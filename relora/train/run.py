@@ -1,6 +1,7 @@
 """A run: its settings, its model's config, its task, its data, its folder, and its newest state."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -36,7 +37,7 @@ class Run:
     def vocab_size(self) -> int:
         return int(self.hf_config.get_text_config().vocab_size)
 
-    @property
+    @cached_property
     def schedule(self) -> Schedule:
         return schedule_of(self.config)
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from relora.data import eval_batches, micro_batches, probe_batch
-from relora.data.batches import NO_TOKENS, make_batch
-from relora.data.token_stream import Row
+from relora.data.batches import NO_TOKENS, Row, make_batch
 
 
 @pytest.fixture

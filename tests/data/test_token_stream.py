@@ -3,9 +3,9 @@ import pickle
 import numpy as np
 import pytest
 
-from relora.data import token_stream as tokens_module
+from relora.data import batches as tokens_module
 from relora.data import tokenize as writing
-from relora.data.token_stream import TokenStream
+from relora.data.batches import TokenStream
 
 
 @pytest.fixture
