@@ -4,15 +4,16 @@ Each command is imported when it runs: `relora --help` and a mistake in a config
 """
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import relora
-from relora.config import Config, load_config
+from relora.config import load_config
 from relora.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
 
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not {str(Path.cwd()), ""} & set(sys.path):
         sys.path.insert(0, str(Path.cwd()))
     try:
-        options.run(options)
+        run_command(options)
     except UserError as error:
         for problem in error.problems:
             print(f"relora: {problem}", file=sys.stderr)
@@ -33,6 +34,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"relora: {stopped}", file=sys.stderr)
         return EXIT_STOPPED
     return 0
+
+
+def run_command(options: argparse.Namespace) -> None:
+    """Call the function of the command with the options as its arguments, the config loaded before torch is."""
+    arguments = vars(options)
+    function = arguments.pop("function")
+    if isinstance(arguments.get("config"), str):
+        arguments["config"] = load_config(arguments["config"], arguments.pop("overrides", ()))
+    module, _, name = function.partition(":")
+    getattr(importlib.import_module(module), name)(**arguments)
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -65,74 +76,12 @@ def _parser() -> argparse.ArgumentParser:
         )
         for argument in command.arguments:
             subparser.add_argument(*argument.names, **argument.options)
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(function=command.function)
     return parser
 
 
 def _examples(lines: Sequence[str]) -> str:
     return "\n".join(["examples:", *(f"  relora {line}" for line in lines)])
-
-
-def _config(options: argparse.Namespace) -> Config:
-    return load_config(options.config, options.overrides)
-
-
-def _prepare(options: argparse.Namespace) -> None:
-    config = _config(options)
-    from relora.commands.prepare import prepare
-
-    prepare(config)
-
-
-def _train(options: argparse.Namespace) -> None:
-    config = _config(options)
-    from relora.train.train import train
-
-    train(config, dry_run=options.dry_run, extend=options.extend)
-
-
-def _plan(options: argparse.Namespace) -> None:
-    config = _config(options)
-    from relora.commands.plan import plan
-
-    plan(
-        config,
-        engine=options.engine,
-        num_processes=options.processes,
-        device_gib=options.device_memory,
-        json_path=options.json,
-    )
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    config = load_config(options.config) if options.config else None
-    from relora.commands.eval import evaluate
-
-    evaluate(options.run_or_model, config)
-
-
-def _export(options: argparse.Namespace) -> None:
-    from relora.commands.export import export
-
-    export(options.run_folder, options.output, dtype=options.dtype, step=options.step)
-
-
-def _report(options: argparse.Namespace) -> None:
-    from relora.commands.report import report
-
-    report(options.run_folders, options.output)
-
-
-def _generate(options: argparse.Namespace) -> None:
-    from relora.commands.generate import generate
-
-    generate(
-        options.run_or_model,
-        options.prompt,
-        max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-    )
 
 
 class Argument:
@@ -145,9 +94,9 @@ class Argument:
 
 @dataclass(frozen=True)
 class Command:
-    """One command: the function that runs it, a line of help, its examples and its arguments."""
+    """One command: its function as module:name, a line of help, its examples, and its arguments, named as there."""
 
-    run: Callable[[argparse.Namespace], None]
+    function: str
     help: str
     examples: Sequence[str]
     arguments: Sequence[Argument]
@@ -169,13 +118,13 @@ RUN_OR_MODEL = Argument(
 )
 COMMANDS = {
     "prepare": Command(
-        run=_prepare,
+        function="relora.commands.prepare:prepare",
         help="tokenize the sources of a config and write the tokens to disk",
         examples=["prepare configs/quickstart.yaml", "prepare configs/llama_60m.yaml data.num_proc=8"],
         arguments=CONFIG,
     ),
     "train": Command(
-        run=_train,
+        function="relora.train:train",
         help="train, or resume from the newest checkpoint",
         examples=[
             "train configs/quickstart.yaml",
@@ -194,7 +143,7 @@ COMMANDS = {
         ),
     ),
     "plan": Command(
-        run=_plan,
+        function="relora.commands.plan:plan",
         help="forecast the memory, FLOPs and traffic of a run, without training",
         examples=[
             "plan configs/quickstart.yaml",
@@ -204,14 +153,29 @@ COMMANDS = {
             *CONFIG,
             Argument("--engine", help="one, ddp, fsdp2, zero1, zero2 or zero3, such as ddp (default: the launcher's)"),
             Argument(
-                "--processes", type=int, metavar="N", help="number of processes, such as 8 (default: the launcher's)"
+                "--processes",
+                dest="num_processes",
+                type=int,
+                metavar="N",
+                help="number of processes, such as 8 (default: the launcher's)",
             ),
-            Argument("--device-memory", type=float, metavar="GIB", help="memory of one GPU in GiB, such as 80"),
-            Argument("--json", metavar="FILE", help="also write the numbers to this file, such as plan.json"),
+            Argument(
+                "--device-memory",
+                dest="device_gib",
+                type=float,
+                metavar="GIB",
+                help="memory of one GPU in GiB, such as 80",
+            ),
+            Argument(
+                "--json",
+                dest="json_path",
+                metavar="FILE",
+                help="also write the numbers to this file, such as plan.json",
+            ),
         ),
     ),
     "eval": Command(
-        run=_evaluate,
+        function="relora.commands.eval:evaluate",
         help="measure loss and perplexity on held-out text",
         examples=["eval runs/quickstart", "eval gpt2 --config configs/continue_pretrained.yaml"],
         arguments=(
@@ -220,11 +184,11 @@ COMMANDS = {
         ),
     ),
     "export": Command(
-        run=_export,
+        function="relora.commands.export:export",
         help="write the model of a run as a plain Hugging Face folder, with all updates merged",
         examples=["export runs/quickstart --output exported", "export runs/quickstart --output half --dtype bfloat16"],
         arguments=(
-            Argument("run_folder", metavar="RUN", help="the run folder, such as runs/quickstart"),
+            Argument("run", metavar="RUN", help="the run folder, such as runs/quickstart"),
             Argument("--output", required=True, help="the folder to write; it must not exist, such as exported"),
             Argument(
                 "--dtype",
@@ -236,16 +200,16 @@ COMMANDS = {
         ),
     ),
     "report": Command(
-        run=_report,
+        function="relora.commands.report:report",
         help="plot the metrics of one or several runs on one HTML page",
         examples=["report runs/quickstart", "report runs/low_rank runs/full_rank --output comparison"],
         arguments=(
-            Argument("run_folders", metavar="RUN", nargs="+", help="run folders, such as runs/low_rank runs/full_rank"),
+            Argument("runs", metavar="RUN", nargs="+", help="run folders, such as runs/low_rank runs/full_rank"),
             Argument("--output", help="the folder to write, such as comparison (default: report/ in the first run)"),
         ),
     ),
     "generate": Command(
-        run=_generate,
+        function="relora.commands.generate:generate",
         help="continue a prompt with sampled text",
         examples=['generate runs/quickstart --prompt "def main" --max-new-tokens 50 --temperature 0.8 --seed 1'],
         arguments=(

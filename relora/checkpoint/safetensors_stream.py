@@ -6,8 +6,7 @@ released before the next. Format: https://huggingface.co/docs/safetensors. Readi
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -32,7 +31,13 @@ def write_tensors(path: Path, entries: Sequence[Entry]) -> str:
     """Write a safetensors file and return its sha256."""
     digest = hashlib.sha256()
     with path.open("wb") as file:
-        for block in chain([_header(entries)], _contents(entries)):
+        header = _header(entries)
+        file.write(header)
+        digest.update(header)
+        for entry in entries:  # one tensor after the other: only one is gathered at a time
+            values = entry.fetch().detach()
+            assert (values.shape, values.dtype) == (entry.shape, entry.dtype), entry.name
+            block = values.cpu().contiguous().flatten().view(torch.uint8).numpy().data
             file.write(block)
             digest.update(block)
     return digest.hexdigest()
@@ -49,11 +54,3 @@ def _header(entries: Sequence[Entry]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _contents(entries: Sequence[Entry]) -> Iterator[bytes | memoryview]:
-    """The bytes of one tensor after another."""
-    for entry in entries:
-        values = entry.fetch().detach()
-        assert (values.shape, values.dtype) == (entry.shape, entry.dtype), entry.name
-        yield values.cpu().contiguous().flatten().view(torch.uint8).numpy().data

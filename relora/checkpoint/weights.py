@@ -11,7 +11,6 @@ from relora.checkpoint.state import State, Weights
 from relora.config import Config, UserError
 from relora.config.derived import lora_config
 from relora.engines import Engine
-from relora.engines.world import World
 from relora.method.inject import inject_lora, merge_lora
 from relora.method.lora import factor_names
 from relora.method.names import canonical, named_parameters
@@ -86,14 +85,10 @@ def first_weights(config: Config, hf_config: PretrainedConfig, engine: Engine) -
     else:
         model = skeleton(config.model, hf_config, engine.task)
     tensors = {name: parameter.detach() for name, parameter in named_parameters(model).items()}
-    return broadcast_weights(tensors | persistent_buffers(model), engine.world)
-
-
-def broadcast_weights(tensors: dict[str, Tensor], world: World) -> Weights:
-    """Weights in the memory of process 0; elsewhere `tensors` only have their shapes and dtypes."""
+    tensors |= persistent_buffers(model)  # on all processes but the first without values
 
     def take(name: str) -> Tensor:
-        return world.broadcast(tensors.pop(name), 0)
+        return engine.world.broadcast(tensors.pop(name), 0)
 
     return Weights(tensors.keys(), take)
 

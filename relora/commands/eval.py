@@ -3,14 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from relora.commands.load_model import load, run_of
 from relora.config import Config, UserError, raise_if_any
-from relora.data import Batch, amount_problems, eval_batches, unigram_entropy
+from relora.data import amount_problems, eval_batches, unigram_entropy
 from relora.data import prepare as prepare_tokens
 from relora.model.model import vocab_size_of
-from relora.model.tasks import Task, task_of
+from relora.model.tasks import task_of
 from relora.train.evaluate import summed_losses
 
 
@@ -67,15 +66,9 @@ def held_out(run_or_model: str, config: Config | None = None) -> HeldOut:
     raise_if_any(amount_problems(data, settings.data))
     batch_size = settings.training.per_device_eval_batch_size or settings.training.per_device_batch_size
     batches = eval_batches(data, settings.data, batch_size=batch_size, make_batch=task.make_batch)
-    loss, labels = summed_losses(task, lambda batch: _loss(model, batch, task, settings), batches)
+    device, is_bf16 = next(model.parameters()).device, settings.training.mixed_precision == "bf16"
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):  # the precision of training
+        on_device = ({key: values.to(device) for key, values in batch.items()} for batch in batches)
+        loss, labels = summed_losses(task, lambda batch: task.loss(model, batch), on_device)
     entropy = unigram_entropy(data, settings.data, targets=task.targets, make_batch=task.make_batch)
     return HeldOut(loss / labels, labels, entropy, task.metrics(loss / labels))
-
-
-def _loss(model: torch.nn.Module, batch: Batch, task: Task, config: Config) -> Tensor:
-    """Sum of the losses of a batch, in nats, in the precision of training."""
-    device = next(model.parameters()).device
-    on_device = {key: values.to(device) for key, values in batch.items()}
-    is_bf16 = config.training.mixed_precision == "bf16"
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_bf16):
-        return task.loss(model, on_device)

@@ -1,7 +1,7 @@
 """Configuration files: where they are found, and the files that they extend."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,13 +107,8 @@ def _read(path: Path) -> dict[str, Any]:
     mapping.pop("derived", None)  # of a run's own config.yaml: it is derived anew
     section = mapping.get("model")
     if isinstance(section, dict) and isinstance(section.get("config"), str):
-        section["config"] = next(_model_files(section["config"], path.parent), section["config"])
+        # Relative to here, to its own file, or to the shipped ones.
+        shipped_places = [place for configs in shipped_folders() for place in (configs, configs.parent)]
+        places = [place / section["config"] for place in (Path(), path.parent, *shipped_places)]
+        section["config"] = next((str(place) for place in places if place.is_file()), section["config"])
     return mapping
-
-
-def _model_files(name: str, folder: Path) -> Iterator[str]:
-    """The files that `model.config: name` may mean, relative to here, to its own file, or to the shipped ones."""
-    shipped = [place for configs in shipped_folders() for place in (configs, configs.parent)]
-    for place in (Path(), folder, *shipped):
-        if (place / name).is_file():
-            yield str(place / name)

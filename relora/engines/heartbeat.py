@@ -112,17 +112,13 @@ class Heartbeat:
     def _round(self, store: Store, *, last: bool) -> bytes:
         """One round of messages. Returns the verdict, if any: the first, as later ones mostly follow from it."""
         store.add(f"beat/{self._process_index}", 1)
-        verdict = b""
         if self._failure:
             verdict = store.compare_set("verdict", "", self._failure)
             self._passed_on.set()
-        elif last:
+            return bytes(verdict)
+        if last:
             store.set(f"left/{self._process_index}", "in order")
-        else:
-            verdict = self._check_neighbour(store)
-        return verdict
-
-    def _check_neighbour(self, store: Store) -> bytes:
+            return b""
         beats = store.add(f"beat/{self._neighbour}", 0)  # 0 before the first one, where `get` would wait
         limit_s = self._limits.silent_s if beats else self._limits.start_s
         if self._beats.still_s(beats) > limit_s and not store.check([f"left/{self._neighbour}"]):

@@ -22,12 +22,13 @@ UNSUPPORTED_SIZES = {
 def problems(config: Config, num_processes: int) -> list[str]:
     """One line for each reason why a launch would not train as its environment and the configuration say."""
     engine = launched_engine()
+    is_sharded_8bit = engine != "ddp" and config.optim.name == "adamw_8bit"
     return [
         *_unsupported_launches(),
         *(deepspeed_problems(config, num_processes) if engine == "deepspeed" else []),
         *(_fsdp_problems() if engine == "fsdp2" else []),
         *optimizer_problems(config.optim.name, setting="optim.name"),
-        *_whole_parameter_problems(config, engine),
+        *(["optim.name = adamw_8bit: needs one process or DDP, in which every parameter is whole"] * is_sharded_8bit),
         *local_sgd.launch_problems(config, engine),
         *world_problems(num_processes, config.training.num_processes),
         *batch_problems(config, num_processes),
@@ -50,13 +51,6 @@ def _unsupported_launches() -> list[str]:
         "use one of the files in launch/"
         for name in sorted(asked)
     ]
-
-
-def _whole_parameter_problems(config: Config, engine: str) -> list[str]:
-    """An optimizer that needs every parameter whole on each process."""
-    if engine == "ddp" or config.optim.name != "adamw_8bit":
-        return []
-    return ["optim.name = adamw_8bit: needs one process or DDP, in which every parameter is whole"]
 
 
 def _fsdp_problems() -> list[str]:

@@ -65,12 +65,14 @@ class ZeroStore(DistributedStore):
     def make_state(
         self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, Slot], *, step: float | None
     ) -> None:
-        inner, flat = _inner(optimizer), _fragment(optimizer, parameter).flat
+        zero: Any = optimizer  # it steps an inner optimizer, over flat partitions
+        inner, flat = zero.optimizer, _fragment(zero, parameter).flat
         if not inner.state.get(flat):  # several parameters share it
             inner.state[flat] = fresh_state(inner, flat, slots, shape=self.shape(parameter), step=step)
 
     def _state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
-        state: dict[str, Any] = _inner(optimizer).state.get(_fragment(optimizer, parameter).flat, {})
+        zero: Any = optimizer
+        state: dict[str, Any] = zero.optimizer.state.get(_fragment(zero, parameter).flat, {})
         return state
 
     def _shard(self, optimizer: Optimizer, parameter: nn.Parameter, values: Tensor) -> tuple[torch.Size, Shard]:
@@ -78,12 +80,6 @@ class ZeroStore(DistributedStore):
         if values.shape == fragment.flat.shape:
             return self.shape(parameter), fragment.shard_of(values)
         return values.shape, Shard(values, 0)
-
-
-def _inner(zero: Any) -> Optimizer:
-    """The optimizer that ZeRO steps, over flat partitions."""
-    inner: Optimizer = zero.optimizer
-    return inner
 
 
 def _is_partitioned(parameter: nn.Parameter) -> bool:
@@ -99,7 +95,8 @@ def _model_shard(parameter: Any) -> Shard:
         # Small parameters stay gathered between updates; the gathered copy would hide a write to the partition.
         parameter.partition()
     partition = parameter.ds_tensor.detach()
-    start = min(partition.numel() * _index_in_group(parameter), parameter.ds_numel)
+    index = torch.distributed.get_rank(parameter.ds_process_group)
+    start = min(partition.numel() * index, parameter.ds_numel)
     return Shard(partition[: parameter.ds_numel - start], start, is_partial=True)
 
 
@@ -115,7 +112,3 @@ def _fragment(zero: Any, parameter: Any) -> Fragment:
         return Fragment(flat, 0, 0, 0)
     there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
     return Fragment(flat, there.start, there.numel, here.start)
-
-
-def _index_in_group(parameter: Any) -> int:
-    return int(torch.distributed.get_rank(parameter.ds_process_group))

@@ -36,12 +36,6 @@ def effective_rank(singular_values: Tensor) -> float:
     return torch.exp(torch.special.entr(p).sum()).item()
 
 
-def numerical_rank(matrix: Tensor, *, relative_to_largest: float = 1e-4) -> int:
-    """Number of singular values above `relative_to_largest` times the largest, in float64."""
-    values = torch.linalg.svdvals(matrix.double())
-    return int((values > relative_to_largest * values[0]).sum())
-
-
 @dataclass(frozen=True)
 class Merge:
     """How well the merge of one layer went, as read back.

@@ -120,8 +120,3 @@ def kind_of(optimizer: Optimizer) -> OptimizerKind:
         return optimizer_kind(group[_KIND])
     library = type(optimizer).__module__.partition(".")[0]
     return next((kind for kind in OPTIMIZERS.values() if kind.library == library), OPTIMIZERS["adamw"])
-
-
-def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate

@@ -48,10 +48,6 @@ class ParameterReport:
     wrapped_layers: dict[str, tuple[int, int]]
     frozen_names: list[str]
 
-    @property
-    def num_trainable(self) -> int:
-        return self.factors.num_parameters + self.full.num_parameters
-
     def as_dict(self) -> dict[str, Any]:
         """For `parameters_<stage>.json` in the run folder."""
         return asdict(self)

@@ -60,7 +60,7 @@ def restart(
     The function of the model is the same before and after, to the rounding of what W is stored in.
 
     Args:
-        optimizer: any torch optimizer whose state `OptimizerKind` describes; AdamW and those like it need nothing.
+        optimizer: any torch optimizer whose state `OptimizerKind` describes, AdamW and those like it among them.
         seed, index: the key of the draws; `index` counts restarts from 1 (0 is the draw at injection).
         reinit: kaiming, orthogonal, `module:attribute`, or a policy.
         optimizer_reset: zero, magnitude, random, keep, `module:attribute`, or a policy.
@@ -82,19 +82,20 @@ def restart(
     policy = _policy(reinit, carry_residual)
     reset = resolve_object("optimizer_reset", optimizer_reset, RESETS, Reset)  # type: ignore[type-abstract]
     factors = {f"{name}.{which}": getattr(layer, which) for name, layer in layers.items() for which in FACTORS}
-    _check_options(index, prune_ratio)
+    if index < 1:
+        raise ValueError(f"index must be >= 1 (0 is the draw at injection), not {index}")
+    if not 0 < prune_ratio <= 1:
+        raise ValueError(f"prune_ratio must be in (0, 1], not {prune_ratio}")
     check_layers(layers, store)
     if not isinstance(reset, Keep):
         problems = state_problems(optimizer, factors, store)
         if problems:
             raise ValueError("\n".join(problems))
     _check_finite(factors, store)
-
     merges, zeroed = [], []
     for name, layer in layers.items():
-        key = DrawKey(seed, index, name, draw_index)
         transform = partial(transform_delta, name) if transform_delta is not None else None
-        start = partial(start_layer, layer, store, policy, key)
+        start = partial(start_layer, layer, store, policy, DrawKey(seed, index, name, draw_index))
         merges.append(merge_layer(layer, store, transform_delta=transform, start=start))
     for name, factor in factors.items():
         key = DrawKey(seed, index, name)
@@ -161,13 +162,6 @@ def check_layers(layers: Mapping[str, LoRALinear], store: Store) -> None:
 def _policy(reinit: str | Reinit, carry_residual: bool) -> Reinit:
     policy = resolve_object("reinit", reinit, REINITS, Reinit)  # type: ignore[type-abstract]
     return Residual(policy) if carry_residual else policy
-
-
-def _check_options(index: int, prune_ratio: float) -> None:
-    if index < 1:
-        raise ValueError(f"index must be >= 1 (0 is the draw at injection), not {index}")
-    if not 0 < prune_ratio <= 1:
-        raise ValueError(f"prune_ratio must be in (0, 1], not {prune_ratio}")
 
 
 def _check_finite(factors: Mapping[str, nn.Parameter], store: Store) -> None:

@@ -1,8 +1,6 @@
-"""Pictures for TensorBoard. matplotlib is an extra: without it a run has none, and says so once."""
+"""Pictures for TensorBoard. matplotlib is an extra: without it a run has none."""
 
-import functools
 import importlib.util
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +17,6 @@ def spectrum_picture(spectra: Mapping[str, Tensor], *, title: str) -> Any:
         An array (height, width, 3) of uint8, or None without matplotlib.
     """
     if not has_matplotlib():
-        _warn_once()
         return None
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -40,8 +37,3 @@ def spectrum_picture(spectra: Mapping[str, Tensor], *, title: str) -> Any:
 
 def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
-
-
-@functools.cache
-def _warn_once() -> None:
-    print(f"no pictures in TensorBoard: matplotlib is missing ({INSTALL})", file=sys.stderr)

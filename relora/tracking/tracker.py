@@ -6,6 +6,7 @@ Only the first process has sinks; the tracker of every other process is `Tracker
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from relora.checkpoint.run_folder import RunFolder
 from relora.method.registry import resolve
 from relora.tracking.metrics_file import cut_metrics
-from relora.tracking.plots import spectrum_picture
+from relora.tracking.plots import INSTALL, has_matplotlib, spectrum_picture
 
 P = ParamSpec("P")
 # A line of metrics is of the kind that the first of these keys in it names; TensorBoard shows its fields under KIND/.
@@ -189,6 +190,8 @@ class TensorBoard(Sink):
         start = context.start_step
         folder = RunFolder(context.folder).tensorboard
         self._board = SummaryWriter(str(folder), purge_step=0 if start is None else start + 1)
+        if not has_matplotlib():
+            print(f"no pictures in TensorBoard: matplotlib is missing ({INSTALL})", file=sys.stderr)
         if start is None:
             plain = (int, float, str)
             settings = {key: v if isinstance(v, plain) else str(v) for key, v in context.hparams.items()}

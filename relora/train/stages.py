@@ -71,8 +71,7 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
         )
     # 3. The rest of this stage's own state.
     if resumes:
-        _load_quantized(live, state, engine.store)
-        _load_optimizer(live, state, engine.store)
+        _load_own_state(live, state, engine.store)
     engine.begin(live, state.extra, cycle=state.cycle, draw_index=state.state_index if resumes else engine.draw_index)
     return live
 
@@ -124,17 +123,16 @@ def optimizer_for(model: nn.Module, config: Config) -> Optimizer:
     )
 
 
-def _load_quantized(live: TrainState, state: State, store: Store) -> None:
-    """Load quantized weights as they are stored: where factors carry a residual, the master does not determine them."""
+def _load_own_state(live: TrainState, state: State, store: Store) -> None:
+    """Load the state of the same stage: quantized weights as they are stored, and the optimizer's.
+
+    Quantized weights do not follow from the master where factors carry a residual.
+    """
     parameters: Mapping[str, nn.Parameter] = named_parameters(live.model)
     for name, values in state.quantized.items():
         for shard in store.local_copies(parameters[name]).values():
             shard.values.copy_(shard.of(values))
-
-
-def _load_optimizer(live: TrainState, state: State, store: Store) -> None:
-    """Give each trained parameter its moments, and its step count if the optimizer keeps one."""
-    parameters: Mapping[str, nn.Parameter] = named_parameters(live.model)
+    # Each trained parameter gets its moments, and its step count if the optimizer keeps one.
     for name, moments in state.moments.items():
         parameter = parameters[name]
         slots, step = {slot: Slot.of(values) for slot, values in moments.items()}, state.steps.get(name)

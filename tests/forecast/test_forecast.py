@@ -56,7 +56,7 @@ ALONE = Launch("one", 1, on_gpu=False)
 
 
 def hf_config_of(section: ModelSection) -> PretrainedConfig:
-    found, problems = read_hf_config(section)
+    found, problems = read_hf_config(section, CausalLM())
     assert found is not None, problems
     return found
 

@@ -182,7 +182,9 @@ def test_the_report_counts_parameters_and_bytes() -> None:
     assert (report.full.num_tensors, report.full.num_parameters) == (2, 40)
     assert (report.frozen.num_tensors, report.frozen.num_parameters) == (3, 20 + 320 + 16)
     assert report.frozen_names == ["inner.bias", "conv.weight", "conv.bias"]
-    assert report.num_trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert report.factors.num_parameters + report.full.num_parameters == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
     assert report.as_dict()["factors"]["num_parameters"] == report.factors.num_parameters
 
 

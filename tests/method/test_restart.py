@@ -17,7 +17,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from relora import LoRAConfig, build_optimizer, inject_lora, merge_lora, restart
 from relora.method.lora import lora_layers
-from relora.method.merge import factor_singular_values, numerical_rank
+from relora.method.merge import factor_singular_values
 from relora.method.names import canonical
 from relora.method.optimizer import parameter_groups
 from relora.method.reinit import REINITS, DrawKey, LayerView
@@ -29,6 +29,12 @@ RESETS = ("zero", "magnitude", "random", "keep")
 KAIMING = [-0.00145883, -0.41930243, 0.31408069, 0.18781161, -0.19379297, 0.39782688]
 ORTHOGONAL = [-0.28510839, -0.34356123, -0.36607680, 0.09361900, 0.37722216, -0.42693350]
 every_reset = pytest.mark.parametrize("reset", RESETS)
+
+
+def numerical_rank(matrix: Tensor, *, relative_to_largest: float = 1e-4) -> int:
+    """Number of singular values above `relative_to_largest` times the largest, in float64."""
+    values = torch.linalg.svdvals(matrix.double())
+    return int((values > relative_to_largest * values[0]).sum())
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -115,13 +115,13 @@ def test_mistakes_in_the_name(name: str, message: str, tiny_run: Settings) -> No
 
 def test_a_skeleton_has_names_and_no_memory_or_a_reason(tiny_run: Settings) -> None:
     section = check(tiny_run()).model
-    hf_config, _ = read_hf_config(section)
+    hf_config, _ = read_hf_config(section, CausalLM())
     assert hf_config is not None
-    model, found = read_skeleton(section, hf_config)
+    model, found = read_skeleton(section, hf_config, CausalLM())
     assert model is not None and found == []
     assert all(p.is_meta for p in model.parameters())
     hf_config.hidden_act = "gleu"
-    assert read_skeleton(section, hf_config) == (
+    assert read_skeleton(section, hf_config, CausalLM()) == (
         None,
         ["model.config: transformers cannot build the model: KeyError: 'gleu'"],
     )
