@@ -8,6 +8,7 @@ from relora.engines import local_sgd
 from relora.engines.deepspeed_config import deepspeed_problems
 from relora.engines.world import launched_engine, world_problems
 from relora.method.optimizer import optimizer_problems
+from relora.method.registry import resolve
 
 # Variables by which accelerate passes on what a launch asks for, and relora has no engine for.
 UNSUPPORTED = {"ACCELERATE_USE_MEGATRON_LM": "Megatron-LM", "ACCELERATE_USE_TP": "tensor parallelism"}
@@ -30,6 +31,7 @@ def problems(config: Config, num_processes: int) -> list[str]:
         *optimizer_problems(config.optim.name, setting="optim.name"),
         *(["optim.name = adamw_8bit: needs one process or DDP, in which every parameter is whole"] * is_sharded_8bit),
         *local_sgd.launch_problems(config, engine),
+        *_custom_engine_problems(config),
         *world_problems(num_processes, config.training.num_processes),
         *batch_problems(config, num_processes),
     ]
@@ -51,6 +53,18 @@ def _unsupported_launches() -> list[str]:
         "use one of the files in launch/"
         for name in sorted(asked)
     ]
+
+
+def _custom_engine_problems(config: Config) -> list[str]:
+    """`training.engine` names something that cannot be imported or called."""
+    name = config.training.engine
+    if name == "auto":
+        return []
+    try:
+        engine: object = resolve("training.engine", name, {})
+    except ValueError as error:
+        return [str(error)]
+    return [] if callable(engine) else [f"training.engine = {name}: must be a function (config, world, task) -> Engine"]
 
 
 def _fsdp_problems() -> list[str]:

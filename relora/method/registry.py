@@ -48,3 +48,12 @@ def resolve_object(setting: str, value: str | T, known: Mapping[str, T], kind: t
     if not isinstance(found, kind):
         raise ValueError(f"{setting} = {value}: must be a {kind.__name__}, not {type(found).__name__}")
     return found
+
+
+def object_problems(setting: str, name: str, known: Mapping[str, T], kind: type[T]) -> list[str]:
+    """One line if `resolve_object` cannot resolve the name."""
+    try:
+        resolve_object(setting, name, known, kind)
+    except ValueError as error:
+        return [str(error)]
+    return []

@@ -28,8 +28,12 @@ from relora.engines import is_first_on_node, launched_num_processes
 from relora.files import folder_problems
 from relora.method.base_weights import quantization_problem
 from relora.method.parameter_report import parameter_report
+from relora.method.registry import object_problems
+from relora.method.reinit import REINITS, Reinit
+from relora.method.reset import RESETS, Reset
 from relora.model.model import read_hf_config, read_skeleton
 from relora.model.tasks import Task, task_of
+from relora.tracking.tracker import sink_problems
 from relora.train.run import Run, run_identity
 from relora.train.stages import freeze_untrained
 
@@ -62,10 +66,13 @@ def prepare_data(config: Config) -> PreparedData:
 
 
 def launch_problems(config: Config) -> list[str]:
-    """Problems of the processes that the launcher started, and libraries that the settings need and are missing."""
+    """Problems of the processes that the launcher started, of named objects, and libraries that are missing."""
     quantized = quantization_problem(config.lora.base_dtype) if config.training.method != "full" else None
     return [
         *relora.engines.problems(config, launched_num_processes()),
+        *object_problems("relora.reinit", config.relora.reinit, REINITS, Reinit),  # type: ignore[type-abstract]
+        *object_problems("relora.optimizer_reset", config.relora.optimizer_reset, RESETS, Reset),  # type: ignore[type-abstract]
+        *sink_problems(config.training.report_to),
         *([f"lora.base_dtype = {quantized}"] if quantized else []),
     ]
 

@@ -38,7 +38,7 @@ def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) 
     assert ending.value.code == 0
     assert capsys.readouterr().out == f"relora {relora.__version__}\n"
     settings = (Path(relora.__file__).parents[1] / "pyproject.toml").read_text()
-    assert f'\nversion = "{relora.__version__}"\n' in settings
+    assert 'version = { attr = "relora.__version__" }' in settings.replace("{attr", "{ attr").replace('__"}', '__" }')
 
 
 @pytest.mark.parametrize("name", COMMANDS)
