@@ -1,6 +1,7 @@
 """The house: who may import whom, and what `import relora` needs."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -87,3 +88,16 @@ def test_import_relora_needs_little() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
     with pytest.raises(AttributeError, match="module 'relora' has no attribute 'inject'"):
         relora.inject  # noqa: B018
+
+
+def test_an_optional_engine_is_known_to_few_files() -> None:
+    names = re.compile(r"relora\.sync|\.sync [=!]=|local_sgd|LocalSGD|outer_(momentum|learning)")
+    files = [path.name for path in PACKAGE.rglob("*.py") if names.search(path.read_text())]
+    assert "local_sgd.py" in files
+    assert len(files) <= 8, files
+
+
+def test_the_method_knows_no_engine() -> None:
+    marks = re.compile(r"ds_id|_hp_mapping|\bplacements\b|device_mesh|DTensor\b(?=\()|torch\.distributed|accelerate")
+    found = {path.name: marks.findall(path.read_text()) for path in (PACKAGE / "method").rglob("*.py")}
+    assert not any(found.values()), found
