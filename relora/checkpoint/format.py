@@ -9,7 +9,7 @@ MANIFEST.json beside safetensors files. A tensor belongs to one group, a file to
     moments             optimizer moments, as "<parameter>:<slot>"
     extra               state of the engine (an outer optimizer)
 
-Where processes train apart, `trained` and `moments` hold the tensors of each: the names of process n >= 1 begin
+Where processes train separately, `trained` and `moments` hold the tensors of each: the names of process n >= 1 begin
 with "process-<n>/". All names are canonical, all shapes full.
 """
 
@@ -23,7 +23,7 @@ from relora.method.choices import StageName
 FORMAT: Literal[2] = 2
 MANIFEST = "MANIFEST.json"
 BASE, QUANTIZED, BUFFERS, TRAINED, MOMENTS, EXTRA = "base", "quantized", "buffers", "trained", "moments", "extra"
-# The groups in which each process that trains apart has tensors of its own.
+# The groups in which each process that trains separately has tensors of its own.
 PER_PROCESS = (TRAINED, MOMENTS)
 # Frozen weights stand beside their quantized form: a name and a suffix.
 QUANTIZED_SUFFIX = f":{QUANTIZED}"

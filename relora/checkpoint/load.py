@@ -26,7 +26,7 @@ from relora.checkpoint.format import (
 )
 from relora.checkpoint.state import State, Weights
 from relora.config import UserError
-from relora.engines.entry import STATE_PREFIX, state_prefix
+from relora.engines.state_entry import STATE_PREFIX, state_prefix
 from relora.files import sha256_of
 
 
@@ -101,7 +101,7 @@ def open_checkpoint(folder: Path, *, state_index: int = 0) -> State:
     """The state in a checkpoint folder; its tensors are read when asked for.
 
     Args:
-        state_index: the process whose parameters are wanted, of several that trained apart.
+        state_index: the process whose parameters are wanted, of several that trained separately.
 
     Raises:
         UserError: the manifest cannot be read.
@@ -138,7 +138,7 @@ def open_checkpoint(folder: Path, *, state_index: int = 0) -> State:
 
 
 def open_states(folder: Path) -> list[State]:
-    """The states of all processes that trained apart, or the one that is common to all."""
+    """The states of all processes that trained separately, or the one that is common to all."""
     return [open_checkpoint(folder, state_index=index) for index in range(read_manifest(folder).num_states)]
 
 

@@ -22,7 +22,7 @@ from relora.method.store import Shard
 def place_masters(model: nn.Module, engine: Engine, *, folder: Path | None) -> None:
     """Give each process its shard of the masters, without values yet; the engine's store then knows them.
 
-    Where processes train apart each holds whole masters.
+    Where processes train separately each holds whole masters.
 
     Args:
         folder: map them from files on the disk of this folder; None for plain memory.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from relora.engines.entry import Entry
+from relora.engines.state_entry import Entry
 
 _DTYPES = {
     torch.float64: "F64",

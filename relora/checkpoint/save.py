@@ -31,7 +31,7 @@ from relora.checkpoint.load import complete_checkpoints, read_manifest
 from relora.checkpoint.safetensors_stream import write_tensors
 from relora.checkpoint.weights import persistent_buffers
 from relora.engines import Engine, TrainState
-from relora.engines.entry import Entry
+from relora.engines.state_entry import Entry
 from relora.files import publish_folder, share, write_json
 from relora.method.choices import StageName
 from relora.method.lora import lora_layers

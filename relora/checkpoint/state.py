@@ -45,7 +45,7 @@ class State:
         moments: by parameter name the optimizer moments by slot, full shapes; empty after a switch.
         steps: by parameter name the optimizer's step count; none for an optimizer without one.
         evaluated: whether the evaluation that was due at this step, if any, has been made.
-        state_index: the process whose weights these are, where processes train apart.
+        state_index: the process whose weights these are, where processes train separately.
         extra: state of the engine by name, as of `Engine.extra_state`.
     """
 

@@ -57,7 +57,7 @@ def merged_model(states: Sequence[State], config: Config, hf_config: PretrainedC
     """The plain model in float32 on the CPU that computes what the run computes.
 
     Args:
-        states: the state of the run, or of each of the processes that train apart: the result is their mean.
+        states: the state of the run, or of each of the processes that train separately: the result is their mean.
     """
     models = (_merged(state, config, hf_config, task) for state in states)
     mean = next(models)

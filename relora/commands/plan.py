@@ -11,7 +11,7 @@ from relora.engines import launched_engine, launched_num_processes
 from relora.engines.deepspeed_config import launched_zero_stage
 from relora.files import folder_problems, write_json
 from relora.forecast.dry_run import with_known_attention
-from relora.forecast.engine_costs import ENGINES, EngineName, Launch
+from relora.forecast.engine_costs import ENGINE_NAMES, EngineName, Launch
 from relora.forecast.forecast import Forecast, forecast
 from relora.forecast.memory import RESERVED_SHARE
 from relora.model.model import load_hf_config
@@ -61,7 +61,7 @@ def launch_of(engine: EngineName | None, num_processes: int | None) -> Launch:
             case "fsdp2":
                 engine = "fsdp2"
             case "deepspeed":
-                engine = ENGINES[ENGINES.index("zero1") + launched_zero_stage() - 1]
+                engine = ENGINE_NAMES[ENGINE_NAMES.index("zero1") + launched_zero_stage() - 1]
             case "ddp":
                 engine = "one" if n == 1 else "ddp"
     return Launch(engine, n, on_gpu=torch.cuda.is_available())

@@ -21,7 +21,7 @@ def schedule_of(config: Config) -> Schedule:
         warm_start_steps=training.max_steps if training.method == "full" else relora.warm_start_steps,
         learning_rate=config.optim.learning_rate,
         warm_start_learning_rate=config.optim.warm_start_learning_rate,
-        # Processes that train apart synchronize at the end too.
+        # Processes that train separately synchronize at the end too.
         restart_at_end=relora.sync == "restart",
     )
 

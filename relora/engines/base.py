@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora.data import Batch
-from relora.engines.entry import Entry
+from relora.engines.state_entry import Entry
 from relora.engines.world import World
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
@@ -24,11 +24,11 @@ from relora.model.tasks import Task
 
 @dataclass(frozen=True)
 class Update:
-    """The results of one update. The tensors are scalars on the device, which may not have computed them yet.
+    """The results of one update. The tensors are scalars; those on the device may not have been computed yet.
 
     Attributes:
         loss: sum of the losses over the global batch / its number of labels, in nats.
-        grad_norm: norm of the whole gradient before clipping.
+        grad_norm: norm of the whole gradient before clipping; where processes train separately, the mean of theirs.
         skipped: bool; whether loss or gradient was not finite on some process, so that no process wrote anything.
         stop: whether some process has been asked to stop.
     """
@@ -45,7 +45,7 @@ class TrainState:
 
     Attributes:
         model: the plain module.
-        parallel_model: the module that an engine made of it for the forward passes of training.
+        parallel_model: the module that the engine wraps around it for training's forward passes.
     """
 
     model: nn.Module
@@ -63,7 +63,9 @@ class TrainState:
 
 
 class Engine(ABC):
-    """One way to spread training over processes. All methods are collective: every process calls them.
+    """One way to spread training over processes.
+
+    Every process calls its methods in the same order, as some of them communicate.
 
     A subclass sets `name` and `store` and prepares models; the rest has defaults for whole parameters whose gradients
     are averaged in the backward pass.
@@ -72,8 +74,8 @@ class Engine(ABC):
         store: access to the parameters and their optimizer state.
         draw_index: which of several independent draws of the factors this process trains.
         num_states: number of processes that train parameters of their own; 1 if all train the same.
-        splits_masters: whether each process holds a shard of the exact masters of quantized weights.
-        reduces_gradients: whether the gradients of an update travel.
+        splits_masters: whether the exact masters of coarsely stored weights (bf16, int8, nf4) are sharded.
+        reduces_gradients: whether processes exchange the gradients of an update.
     """
 
     name: str
@@ -95,8 +97,8 @@ class Engine(ABC):
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> TrainState:
         """Move a model to its device, distribute it over the processes, and give it its optimizer.
 
-        Tells each wrapped layer whether it may cache W + delta and compute together with others (`restrict_layers`).
-        The values of the parameters do not matter: they are written through `store` afterwards.
+        An engine whose parameters are not always whole, or are written outside of torch's optimizers, must also call
+        `restrict_layers`. The values of the parameters do not matter: they are written through `store` afterwards.
         """
 
     def begin(  # noqa: B027 (an engine may have nothing to do)
@@ -115,7 +117,7 @@ class Engine(ABC):
         return {}
 
     def trained_entries(self, entries: Sequence[Entry]) -> list[Entry]:
-        """The entries of a checkpoint for this process's `entries`; those of all processes where they train apart."""
+        """The entries of a checkpoint for `entries`; those of all processes where they train separately."""
         return list(entries)
 
     def update(self, state: TrainState, batches: Sequence[Batch], *, seeds: Sequence[int], stop: bool) -> Update:
@@ -141,8 +143,8 @@ class Engine(ABC):
         trained = [p for p in state.parallel_model.parameters() if p.grad is not None]
         norm = self.total_norm(trained)
 
-        # 3. The same loss, norm and verdict on every process. No tensor made on the host: bringing one to the device
-        # would be a wait.
+        # 3. The same loss, norm and verdict on every process. No tensor is created on the host here: copying it to the
+        # device would block.
         sums = torch.stack([torch.stack(losses).sum(), norm]).double()
         self.world.all_reduce(sums)
         mean_loss, mean_norm = sums[0] / num_labels, sums[1] / self.world.num_processes
@@ -157,10 +159,10 @@ class Engine(ABC):
         return Update(loss=mean_loss, grad_norm=mean_norm, skipped=skipped, stop=num_stops > 0)
 
     def step(self, state: TrainState, skipped: Tensor) -> None:
-        """One step of the optimizer unless `skipped`; decided on the device where the optimizer can be told there."""
+        """Step the optimizer unless `skipped`. A fused optimizer decides on the device, so the host need not wait."""
         optimizer: Any = state.optimizer
         if state.skips_on_device:
-            # The attribute by which torch's gradient scaler has a fused optimizer write nothing, step counts included.
+            # Torch's GradScaler sets this attribute to make a fused optimizer skip its step, step counts included.
             optimizer.found_inf = skipped.float()
             optimizer.step()
             optimizer.found_inf = None
@@ -168,11 +170,11 @@ class Engine(ABC):
             optimizer.step()
 
     def gradient_sync(self, state: TrainState, *, is_last: bool) -> AbstractContextManager[None]:  # noqa: ARG002
-        """Around a micro-batch: decides whether its gradients travel; `is_last` of its update."""
+        """Context of one micro-batch that controls whether its gradients are reduced; `is_last` of its update."""
         return nullcontext()
 
     def total_norm(self, trained: Sequence[nn.Parameter]) -> Tensor:
-        """The norm of all gradients together, the same on every process."""
+        """The norm of all gradients together; the same on every process wherever gradients are reduced."""
         return torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None], foreach=True)
 
     def to_device(self, batch: Batch) -> Batch:
@@ -224,7 +226,7 @@ class Engine(ABC):
         )
 
     def restart_store(self, state: TrainState) -> Store:  # noqa: ARG002
-        """The store that a restart reads factors through."""
+        """The store that a restart works on."""
         return self.store
 
     def transform_delta(self, name: str, delta: Tensor) -> Tensor:  # noqa: ARG002

@@ -14,22 +14,22 @@ from torch.optim import Optimizer
 from relora.config import Config
 from relora.data import Batch
 from relora.engines.base import Engine, TrainState, Update, restrict_layers
-from relora.engines.deepspeed_config import deepspeed_settings, wants_own_optimizer
+from relora.engines.deepspeed_config import deepspeed_settings, wants_deepspeed_adamw
 from relora.engines.world import World
 from relora.engines.zero_store import ZeroStore
 from relora.model.tasks import Task
 
 
 class DeepSpeedEngine(Engine):
-    """ZeRO around torch's AdamW or DeepSpeed's own.
+    """ZeRO around the configured optimizer, or around DeepSpeed's own AdamW.
 
     Args:
         settings: DeepSpeed's configuration.
-        own_optimizer: take DeepSpeed's AdamW instead of torch's.
+        use_deepspeed_adamw: instead of the configured optimizer.
     """
 
     def __init__(
-        self, world: World, task: Task, settings: Mapping[str, Any], *, mixed_precision: str, own_optimizer: bool
+        self, world: World, task: Task, settings: Mapping[str, Any], *, mixed_precision: str, use_deepspeed_adamw: bool
     ) -> None:
         super().__init__(world, task, mixed_precision=mixed_precision, max_grad_norm=None)  # DeepSpeed clips itself
         if world.device.type == "cpu":
@@ -39,7 +39,7 @@ class DeepSpeedEngine(Engine):
 
         logger.setLevel("WARNING")
         self._deepspeed = deepspeed
-        self._settings, self._own_optimizer = settings, own_optimizer
+        self._settings, self._use_deepspeed_adamw = settings, use_deepspeed_adamw
         self.zero_stage = int(settings["zero_optimization"]["stage"])
         self.name = f"DeepSpeed ZeRO-{self.zero_stage} ({world.backend})"
         self.store: ZeroStore = ZeroStore(world.device)
@@ -48,13 +48,13 @@ class DeepSpeedEngine(Engine):
     def from_config(cls, config: Config, world: World, task: Task) -> "DeepSpeedEngine":
         """The engine with the launcher's settings, completed from `config`."""
         settings, precision = deepspeed_settings(config, world.num_processes), config.training.mixed_precision
-        return cls(world, task, settings, mixed_precision=precision, own_optimizer=wants_own_optimizer())
+        return cls(world, task, settings, mixed_precision=precision, use_deepspeed_adamw=wants_deepspeed_adamw())
 
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> TrainState:
         # ZeRO writes factors through flat buffers, which counts no versions; ZeRO-3 gathers one module at a time.
         restrict_layers(model, can_cache=False, can_group=self.zero_stage < 3)
         optimizer = build_optimizer(model)
-        if self._own_optimizer:
+        if self._use_deepspeed_adamw:
             optimizer = self._deepspeeds_adamw(optimizer)
         engine, zero, *_ = self._deepspeed.initialize(
             model=model, optimizer=optimizer, config=dict(self._settings), dist_init_required=False

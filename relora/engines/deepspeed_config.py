@@ -45,7 +45,7 @@ ALLOWED_ZERO = {
 
 
 def deepspeed_problems(config: Config, num_processes: int) -> list[str]:
-    """What of the launcher's DeepSpeed options relora refuses, one line each."""
+    """One line for each of the launcher's DeepSpeed options that relora refuses."""
     if importlib.util.find_spec("deepspeed") is None:
         return ["the launcher asks for DeepSpeed, which is not installed: pip install 'relora[deepspeed]'"]
     asked = _without_auto(DeepSpeedPlugin().deepspeed_config)
@@ -59,12 +59,12 @@ def deepspeed_settings(config: Config, num_processes: int) -> dict[str, Any]:
     return _without_auto(DeepSpeedPlugin().deepspeed_config) | {
         "train_micro_batch_size_per_gpu": training.per_device_batch_size,
         "train_batch_size": training.per_device_batch_size * num_processes,
-        # The loss is scaled, and the last micro-batch of an update told, by the engine.
+        # The engine scales the loss and marks the last micro-batch of each update.
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.optim.max_grad_norm or 0.0,
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": wants_own_optimizer(),
-        # Parameters stay fp32; no module's gradients or weights travel in bf16.
+        "zero_force_ds_cpu_optimizer": wants_deepspeed_adamw(),
+        # Parameters stay fp32; no module's gradients or weights are sent in bf16.
         "torch_autocast": {
             "enabled": training.mixed_precision == "bf16",
             "dtype": "bfloat16",
@@ -78,7 +78,7 @@ def launched_zero_stage() -> int:
     return int(DeepSpeedPlugin().deepspeed_config["zero_optimization"]["stage"])
 
 
-def wants_own_optimizer() -> bool:
+def wants_deepspeed_adamw() -> bool:
     """Whether the DeepSpeed configuration has a section for an optimizer of its own."""
     return "optimizer" in _without_auto(DeepSpeedPlugin().deepspeed_config)
 
@@ -89,15 +89,16 @@ def _of_sections(asked: Mapping[str, Any]) -> Iterator[str]:
         yield f"zero_optimization.stage = {zero['stage']}: must be 1, 2 or 3; without ZeRO use launch/ddp.yaml"
     for name in ("fp16", "bf16", "torch_autocast"):
         if asked.get(name, {}).get("enabled"):
-            yield f"{name}.enabled = true: training.mixed_precision says it, parameters stay fp32"
+            yield f"{name}.enabled = true: not supported; set training.mixed_precision instead (parameters stay fp32)"
     for key in sorted(asked.keys() - ALLOWED - {"fp16", "bf16", "torch_autocast"}):
-        yield f"{key}: relora does not know what it would do to a restart"
+        yield f"{key}: not supported, as its effect on restarts is unknown; remove it"
     for key in sorted(zero.keys() - ALLOWED_ZERO):
-        yield f"zero_optimization.{key}: relora does not know what it would do to a restart"
+        yield f"zero_optimization.{key}: not supported, as its effect on restarts is unknown; remove it"
     for what in ("offload_optimizer", "offload_param"):
         device = zero.get(what, {}).get("device")
         if device not in (None, "none", "cpu"):
-            yield f"zero_optimization.{what}.device = {device}: must be none or cpu, a restart reaches no other"
+            key = f"zero_optimization.{what}.device"
+            yield f"{key} = {device}: must be none or cpu: a restart cannot reach tensors anywhere else"
 
 
 def _of_numbers(asked: Mapping[str, Any], config: Config, num_processes: int) -> Iterator[str]:
@@ -109,11 +110,12 @@ def _of_numbers(asked: Mapping[str, Any], config: Config, num_processes: int) ->
     }
     for key, (value, name) in ours.items():
         if asked.get(key, value) != value:
-            yield f"{key} = {asked[key]}: {name} = {value} says it; leave it out, or set it to auto"
+            yield f"{key} = {asked[key]}: conflicts with {name} = {value}; remove it or set it to auto"
     if training.global_batch_size % (training.per_device_batch_size * num_processes) == 0:
         steps = accumulation_steps(config, num_processes)
         if asked.get("gradient_accumulation_steps", 1) not in (1, steps):
-            yield f"gradient_accumulation_steps = {asked['gradient_accumulation_steps']}: the batch makes it {steps}"
+            found = asked["gradient_accumulation_steps"]
+            yield (f"gradient_accumulation_steps = {found}: the batch sizes imply {steps}; remove it or set it to auto")
 
 
 def _of_optimizer(asked: Mapping[str, Any]) -> Iterator[str]:
@@ -123,11 +125,11 @@ def _of_optimizer(asked: Mapping[str, Any]) -> Iterator[str]:
     if section.get("type") not in ("Adam", "AdamW"):
         yield f"optimizer.type = {section.get('type')}: must be AdamW (DeepSpeed's own) or left out (torch's)"
     for key in section.get("params", {}):
-        yield f"optimizer.params.{key}: the optim section of the configuration says it; leave it out, or set it to auto"
+        yield f"optimizer.params.{key}: set it in relora's optim section; remove it here or set it to auto"
 
 
 def _without_auto(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """What is set; "auto" and null leave a value to us or to DeepSpeed."""
+    """The entries that are set: "auto" and null leave the choice to relora or DeepSpeed."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping):

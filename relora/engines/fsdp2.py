@@ -64,14 +64,14 @@ class FSDPOptions:
         """The modules of `model` that are gathered one at a time, the innermost first.
 
         Raises:
-            ValueError: there are none.
+            ValueError: no module is of a named class.
         """
         if self.one_unit:
             return []
         if self.min_num_params is not None:
             return _units_by_size(model, self.min_num_params)
         names = self.block_names or tuple(getattr(model, "_no_split_modules", None) or ())
-        units = [module for module in model.modules() if type(module).__name__ in names]
+        units = [module for module in reversed([*model.modules()]) if type(module).__name__ in names]
         if not units:
             raise ValueError(
                 f"FSDP: {type(model).__name__} has no module of class {', '.join(names) or '(it names none)'}; "
@@ -81,11 +81,11 @@ class FSDPOptions:
 
 
 class FSDP2Engine(Engine):
-    """Each block of the model is one unit, frozen weights and factors together; so is everything outside of blocks.
+    """Each block, frozen weights and factors together, is one unit; everything outside of the blocks is another.
 
     Args:
-        sync_each_batch: gradients are reduced after each micro-batch; otherwise once an update, until when
-            every process holds them whole.
+        sync_each_batch: reduce gradients after every micro-batch; otherwise once per update, and every process holds
+            them unsharded until then.
     """
 
     def __init__(
@@ -157,9 +157,9 @@ class FSDP2Engine(Engine):
         n = self.world.num_processes
         return (n - 1) / n * (num_micro_batches if self._sync_each_batch else 1)  # reduce-scatters
 
-    def compile(self, state: TrainState) -> None:  # noqa: ARG002
-        """Block by block: the hooks that gather a block stand between them."""
-        for unit in self._units:
+    def compile(self, state: TrainState) -> None:
+        """Compile each unit separately, because FSDP's gather hooks run between them; without units, the model."""
+        for unit in self._units or [state.model]:
             compile_in_place(unit)
 
     def release(self, state: TrainState) -> None:

@@ -1,4 +1,6 @@
-"""Heartbeats: a process that dies or hangs ends the others within a minute, and they name it and the reason.
+"""Heartbeats: when a process dies or is frozen, the others exit within about a minute, naming it and the reason.
+
+While processes start up it may take ten minutes. A hung main thread is not noticed: heartbeats come from another one.
 
 Nothing else does: the time limit of the process group is hours, as the first process writes checkpoints alone, and NCCL
 waits that long for a lost peer; a launcher sees the processes of its own node only.
@@ -27,8 +29,9 @@ class Limits:
 
 def agree_on_name() -> str:
     """A new name for this launch, the same on all its processes. Collective."""
-    # A store can outlive its processes, and would show the next ones their deaths. TORCHELASTIC_RESTART_COUNT does not
-    # tell them apart: each launcher counts for itself, and one that replaces a lost node begins at 0.
+    # A store can outlive a launch, and a later launch must not read the earlier one's verdict.
+    # TORCHELASTIC_RESTART_COUNT does not tell them apart: each launcher counts for itself, and one that replaces a
+    # lost node begins at 0.
     names = [uuid.uuid4().hex]
     distributed.broadcast_object_list(names)
     return names[0]
@@ -56,7 +59,7 @@ class Heartbeat:
         self._me = f"process {process_index} (host {socket.gethostname()}, pid {os.getpid()})"
         self._failure = ""  # of this process
         self._rounds = 0  # how often the store has answered
-        self._beats = StandStill(3 * limits.every_s)  # of the watched neighbour
+        self._beats = StallTimer(3 * limits.every_s)  # of the watched neighbour
         self._ending = False
         self._stopped, self._wake, self._passed_on = (threading.Event() for _ in range(3))
         self._lock = threading.Lock()  # held to print, to end the process, and in stop()
@@ -78,7 +81,7 @@ class Heartbeat:
             self._passed_on.wait(2 * self._limits.every_s)
 
     def stop(self) -> None:
-        """End in order: nobody misses this process any more, and the heartbeat prints and ends nothing from here on."""
+        """Shut down cleanly: the others stop expecting heartbeats, and this process exits because of them no more."""
         with self._lock:
             self._stopped.set()
         self._wake.set()
@@ -127,7 +130,7 @@ class Heartbeat:
         return bytes(store.get("verdict") if store.check(["verdict"]) else b"")
 
     def _watch_store(self) -> None:
-        silent_s, rounds = self._limits.silent_s, StandStill(3 * self._limits.every_s)
+        silent_s, rounds = self._limits.silent_s, StallTimer(3 * self._limits.every_s)
         while not self._stopped.wait(self._limits.every_s):
             if rounds.still_s(self._rounds) > silent_s:
                 holder = "the launcher" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "process 0"
@@ -149,10 +152,10 @@ class Heartbeat:
                 os._exit(1)
 
 
-class StandStill:
-    """How long a number has not changed, counted only while this process runs: at most `most_s` between two calls.
+class StallTimer:
+    """Measures how long a number has not changed. A gap between two calls counts for at most `most_s`.
 
-    Otherwise a run that was suspended as a whole (by Slurm, by Ctrl-Z) would find all others silent for hours.
+    So the time during which this process was suspended (by Slurm, by Ctrl-Z) does not make the others look silent.
     """
 
     def __init__(self, most_s: float) -> None:

@@ -1,6 +1,6 @@
 """Local SGD between restarts (`relora.sync: restart`): processes train factors of their own and meet at restarts.
 
-No gradient travels in between. At a restart W takes the mean of all processes' updates, of rank up to
+No gradients are exchanged in between. At a restart W takes the mean of all processes' updates, of rank up to
 num_processes * r, everything that trains in full is averaged too, and each process draws new factors under a key of its
 own, so that their subspaces differ. LoRA-the-Explorer, arXiv 2402.16828; the outer optimizer is DiLoCo's, arXiv
 2311.08105, Algorithm 1.
@@ -18,7 +18,7 @@ from relora.config import Config
 from relora.config.derived import schedule_of
 from relora.engines.base import TrainState
 from relora.engines.ddp import DDPEngine
-from relora.engines.entry import Entry, state_prefix
+from relora.engines.state_entry import Entry, state_prefix
 from relora.engines.world import World
 from relora.method.lora import factor_names, lora_layers
 from relora.method.names import named_parameters
@@ -33,8 +33,7 @@ class OuterOptimizer:
 
     Attributes:
         velocity: by name; empty without momentum.
-        anchors: the values from which the processes set out, by name, of parameters that train in full; empty while the
-            mean alone is the result.
+        anchors: values at the start of the cycle, by name, of fully trained parameters; empty if `is_plain_mean`.
     """
 
     learning_rate: float = 1.0
@@ -57,12 +56,12 @@ class OuterOptimizer:
         return (delta + self.momentum * velocity) * self.learning_rate
 
     def anchor(self, name: str, values: Tensor) -> None:
-        """Remember the values from which the processes set out, if they will be needed."""
+        """Remember the values at the start of a cycle, if they will be needed."""
         if not self.is_plain_mean:
             self.anchors[name] = values.detach().clone()
 
-    def settle(self, name: str, mean: Tensor) -> Tensor:
-        """The common values to continue from, for the mean of the processes' values."""
+    def combine(self, name: str, mean: Tensor) -> Tensor:
+        """The values from which every process continues, given the mean of theirs."""
         if self.is_plain_mean:
             return mean
         return self.anchors[name] + self.step(name, mean - self.anchors[name])
@@ -79,13 +78,13 @@ class OuterOptimizer:
 
 
 class LocalSGDEngine(DDPEngine):
-    """DDP while every parameter is trained in full; no gradients travel once the model has factors."""
+    """DDP while every parameter is trained in full; no gradients are exchanged once the model has factors."""
 
     def __init__(
         self, world: World, task: Task, *, mixed_precision: str, max_grad_norm: float | None, outer: OuterOptimizer
     ) -> None:
         super().__init__(world, task, mixed_precision=mixed_precision, max_grad_norm=max_grad_norm)
-        self.name += ", factors apart between restarts"
+        self.name += ", separate factors between restarts"
         self.draw_index, self._outer = world.process_index, outer
         self._seed, self._reinit = 0, "kaiming"
 
@@ -103,9 +102,9 @@ class LocalSGDEngine(DDPEngine):
         return engine
 
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> TrainState:
-        is_apart = bool(lora_layers(model))
-        self.num_states = self.world.num_processes if is_apart else 1
-        self.splits_masters = self.reduces_gradients = not is_apart
+        trains_separately = bool(lora_layers(model))
+        self.num_states = self.world.num_processes if trains_separately else 1
+        self.splits_masters = self.reduces_gradients = not trains_separately
         return super().prepare(model, build_optimizer)
 
     def parallelize(self, model: nn.Module) -> nn.Module:
@@ -117,7 +116,8 @@ class LocalSGDEngine(DDPEngine):
         if self.reduces_gradients:
             return
         if draw_index != self.draw_index:
-            # A process that is new since the checkpoint, which is then one of a restart, has another's factors.
+            # This process did not exist when the checkpoint was written (at a restart or the switch), so it loaded
+            # another process's factors: draw its own.
             start_factors(
                 state.model,
                 seed=self._seed,
@@ -148,7 +148,7 @@ class LocalSGDEngine(DDPEngine):
         for name, parameter in _trained_in_full(state.model).items():
             mean = parameter.detach() / self.world.num_processes
             self.world.all_reduce(mean)
-            self.store.write(parameter, self._outer.settle(name, mean))
+            self.store.write(parameter, self._outer.combine(name, mean))
             self._outer.anchor(name, parameter)
         return report
 
@@ -186,7 +186,7 @@ class MeanStore(TorchStore):
 
 
 def launch_problems(config: Config, engine: str) -> list[str]:
-    """Message if the processes of this launch cannot train apart."""
+    """Message if the processes of this launch cannot train separately."""
     if config.relora.sync == "restart" and engine != "ddp":
         return ["relora.sync = restart: needs DDP, in which every process holds its own whole model"]
     return []
@@ -195,20 +195,19 @@ def launch_problems(config: Config, engine: str) -> list[str]:
 def resume_problems(config: Config, step: int, num_states: int, num_processes: int) -> list[str]:
     """Message if a checkpoint cannot be resumed by so many processes.
 
-    Between two restarts processes that train apart must be as many as they were.
+    Between two restarts processes that train separately must be as many as they were.
 
     Args:
         num_states: number of processes that had trained parameters of their own when it was written.
     """
     schedule = schedule_of(config)
-    is_apart = config.relora.sync == "restart" and schedule.stage(step) == "low_rank"
+    trains_separately = config.relora.sync == "restart" and schedule.stage(step) == "low_rank"
     at_restart = step == schedule.warm_start_steps or schedule.restart_due(step)
-    if not is_apart or at_restart or num_states == num_processes:
+    if not trains_separately or at_restart or num_states == num_processes:
         return []
     return [
-        f"relora.sync = restart: the checkpoint of step {step} holds the state of {num_states} processes that have "
-        f"trained apart since the last restart, and the launcher started {num_processes}; resume with {num_states} up "
-        "to the next restart"
+        f"relora.sync = restart: the checkpoint at step {step} holds the separate states of {num_states} processes, "
+        f"but the launcher started {num_processes}; use {num_states} processes until the next restart"
     ]
 
 

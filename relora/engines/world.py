@@ -1,4 +1,4 @@
-"""The processes of one launch: the launcher's word on them, joining them, and messages beside the model's tensors."""
+"""The processes of one launch: reading the launcher's environment, joining, communication outside of the model."""
 
 import os
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def world_problems(num_processes: int, wanted: int | None) -> list[str]:
     launched, problems = launched_num_processes(), []
     if launched != num_processes:
         problems.append(
-            f"the launcher started {launched} processes but the engine sees {num_processes}: "
+            f"the launcher started {launched} processes, but this process joined a group of {num_processes}: "
             "they would train independent copies of the model"
         )
     if wanted is not None and wanted != launched:
@@ -65,17 +65,17 @@ def world_problems(num_processes: int, wanted: int | None) -> list[str]:
 
 
 class World:
-    """This process among the others. All methods are collective unless they say otherwise.
+    """This process among the others. All methods but `report_failure` are collective.
 
     Args:
         wanted: number of processes that the run wants; None for any.
-        alone_too: make a process group of a single process too.
+        group_of_one: create a process group for a single process too.
 
     Raises:
         UserError: as `world_problems`.
     """
 
-    def __init__(self, *, wanted: int | None, alone_too: bool = False) -> None:
+    def __init__(self, *, wanted: int | None, group_of_one: bool = False) -> None:
         # cpu=True also makes a true world of an `accelerate launch` that would start independent copies.
         self._joined = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
         self.num_processes: int = self._joined.num_processes
@@ -90,7 +90,7 @@ class World:
             self._heartbeat.start()
             if distributed.get_backend() != "gloo":
                 self._host_group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
-        elif alone_too and not distributed.is_initialized():
+        elif group_of_one and not distributed.is_initialized():
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
             distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 
@@ -113,7 +113,7 @@ class World:
             distributed.all_reduce(tensor)
 
     def broadcast(self, tensor: Tensor, source: int) -> Tensor:
-        """The tensor of process `source`; elsewhere `tensor` (on any device, meta too) only gives shape and dtype."""
+        """Process `source`'s tensor; on the others `tensor`, maybe a meta tensor, only supplies shape and dtype."""
         if self.num_processes == 1:
             return tensor
         is_source = self.process_index == source

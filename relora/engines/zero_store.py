@@ -110,5 +110,5 @@ def _fragment(zero: Any, parameter: Any) -> Fragment:
     flat, mapping = zero.single_partition_of_fp32_groups[group], parameter._hp_mapping
     if mapping is None:
         return Fragment(flat, 0, 0, 0)
-    there, here = mapping.hp_fragment_address, mapping.lp_fragment_address
-    return Fragment(flat, there.start, there.numel, here.start)
+    master_range, model_range = mapping.hp_fragment_address, mapping.lp_fragment_address
+    return Fragment(flat, master_range.start, master_range.numel, model_range.start)

@@ -15,7 +15,7 @@ from relora.config.derived import accumulation_steps
 from relora.engines.fsdp2 import FSDPOptions
 
 EngineName = Literal["one", "ddp", "fsdp2", "zero1", "zero2", "zero3"]
-ENGINES: tuple[EngineName, ...] = get_args(EngineName)
+ENGINE_NAMES: tuple[EngineName, ...] = get_args(EngineName)
 
 # DeepSpeed's defaults, in numbers of 4 bytes: reduce_bucket_size, stage3_prefetch_bucket_size,
 # stage3_max_live_parameters, stage3_param_persistence_threshold (deepspeed/runtime/zero/config.py).
@@ -38,8 +38,8 @@ class Launch:
     on_gpu: bool
 
     def __post_init__(self) -> None:
-        if self.engine not in ENGINES:
-            raise UserError([f"--engine {self.engine}: must be one of {', '.join(ENGINES)}"])
+        if self.engine not in ENGINE_NAMES:
+            raise UserError([f"--engine {self.engine}: must be one of {', '.join(ENGINE_NAMES)}"])
         if self.num_processes < 1:
             raise UserError([f"--processes {self.num_processes}: must be at least 1"])
         if self.engine == "one" and self.num_processes > 1:

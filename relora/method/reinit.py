@@ -29,7 +29,7 @@ class DrawKey:
         seed: of the run.
         index: number of the restart; 0 is the beginning.
         name: canonical name of the layer or factor.
-        draw_index: which of several independent draws; processes that train apart take their process index.
+        draw_index: which of several independent draws; processes that train separately take their process index.
     """
 
     seed: int

@@ -68,7 +68,7 @@ def restart(
         carry_residual: where W is quantized, the new factors begin as the best rank-r approximation of the rounding
             error of W, instead of those of `reinit`.
         store: how to reach parameters and state; plain torch unless an engine brings its own.
-        draw_index: which of several independent draws; processes that train apart take their process index.
+        draw_index: which of several independent draws; processes that train separately take their process index.
         transform_delta: called with a layer's name and its delta (a shard of it, where W is sharded); what it returns
             is merged.
 
@@ -204,7 +204,7 @@ def start_layer(layer: LoRALinear, store: Store, policy: Reinit, key: DrawKey) -
     _write(store, f"{key.name}.lora_B", layer.lora_B, B)
     if not B.any():
         return None
-    # As they were rounded; and of processes that train apart the mean product, so that W stays the same on all.
+    # As they were rounded; and of processes that train separately the mean product, so that W stays the same on all.
     offset = take_out(layer, store.read(layer.lora_A), store.read(layer.lora_B), store)
     if residual is None and layer.master is not None:
         store.write(layer.weight, store.read(layer.weight))

@@ -70,7 +70,7 @@ class Callbacks:
         return self.stage.is_low_rank and self.run.schedule.restart_due(step)
 
     def probe_due(self, step: int) -> bool:
-        """Whether update `step` is among the first `training.probe_steps` after a restart."""
+        """Whether `step` is at most `training.probe_steps` past the last restart, the restart itself included."""
         schedule = self.run.schedule
         done, every = schedule.restarts_done(step), schedule.restart_every
         if not done or every is None:
@@ -99,8 +99,8 @@ class Callbacks:
     def catch_up(self, resumed: State) -> None:
         """Run what was due at the step of a checkpoint and left undone.
 
-        A run that is now extended had no restart at its old end, where none was due; one that was stopped left the
-        evaluation to the resume.
+        Two things can be outstanding: the restart at the former last step of a run that is now extended, and the
+        evaluation that a stopped run deferred.
         """
         if self.stage.is_low_rank and self.run.schedule.restarts_done(resumed.step) > resumed.cycle:
             self.restart(resumed.step)
@@ -192,7 +192,7 @@ class Callbacks:
 
     @torch.no_grad()
     def spectra(self) -> dict[str, Tensor]:
-        """Singular values of W - W_start of a few layers, on the first process, which holds W_start."""
+        """Singular values of W + delta - W_start of a few layers; empty except on the first process. Collective."""
         layers, store = lora_layers(self.state.model), self.engine.store
         # Evenly spaced from the first to the last: different depths, and different kinds of layers.
         places = torch.linspace(0, len(layers) - 1, min(NUM_SPECTRA, len(layers))).round().int().tolist()

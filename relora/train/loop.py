@@ -50,7 +50,7 @@ class Loop:
             callbacks_at_end: False where a switch follows at `until`: what is due there comes after the switch.
 
         Returns:
-            The step, and whether the run is to stop here, before its end.
+            The step reached, and whether a stop request ended the loop before `until`.
 
         Raises:
             NotFiniteError: 10 updates in a row had to be skipped.

@@ -65,7 +65,7 @@ def run_identity(config: Config, hf_config: PretrainedConfig) -> dict[str, Any]:
 def newest_state(run: Run) -> State:
     """The state to resume from: that of the newest complete checkpoint, or a fresh one for a new run.
 
-    A process whose index is beyond those that trained apart takes the state of one of them.
+    A process whose index is beyond those that trained separately takes the state of one of them.
 
     Raises:
         UserError: the checkpoint is damaged, of another run, of other data, or needs another number of processes.

@@ -93,18 +93,20 @@ def freeze_untrained(model: nn.Module, trainable: str | None) -> None:
     """Method full: train every parameter, or those whose name the regex `trainable` is found in.
 
     Raises:
-        ValueError: it is found in no name.
+        ValueError: it matches no name.
     """
     names = named_parameters(model)
     chosen = {name for name in names if trainable is None or re.search(trainable, name)}
     if not chosen:
-        raise ValueError(f"training.trainable = {trainable}: found in no parameter's name, such as {next(iter(names))}")
+        raise ValueError(
+            f"training.trainable = {trainable}: matches no parameter name (names look like {next(iter(names))})"
+        )
     for name, parameter in names.items():
         parameter.requires_grad_(name in chosen)
 
 
 def switch(live: TrainState, engine: Engine, *, step: int, skipped: int) -> State:
-    """The state that a stage passes to the next: its weights. Optimizer, gradients and hooks stay behind."""
+    """Release the full-rank stage's optimizer and gradients, and return its weights for the next stage."""
     engine.release(live)
     return State(step=step, skipped=skipped, stage="full_rank", weights=model_weights(live.model, engine.store))
 

@@ -36,7 +36,7 @@ def train(config: Config, *, dry_run: bool = False, extend: bool = False) -> Non
     """Train, from the newest complete checkpoint of the run if it has one.
 
     Args:
-        dry_run: stop after building the model and one forward pass; the run folder is left alone.
+        dry_run: stop after building the model and one forward pass; nothing is written to the run folder.
         extend: allow a larger max_steps than the run began with.
 
     Raises:
@@ -46,13 +46,13 @@ def train(config: Config, *, dry_run: bool = False, extend: bool = False) -> Non
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     folder = RunFolder(Path(config.output_dir))
-    with failure_in_status(folder, owned=not folder.is_run and not dry_run):
+    with failure_in_status(folder, may_write=not folder.is_run and not dry_run):
         run = preflight(config, extend=extend)
     with ExitStack() as stack:
         if not dry_run:
             if is_first():
                 stack.enter_context(folder.locked())
-            stack.enter_context(failure_in_status(folder, owned=True))
+            stack.enter_context(failure_in_status(folder, may_write=True))
         state = newest_state(run)
         engine = connect(config)
         try:
@@ -199,7 +199,7 @@ def begin_stage(stage: Stage, live: TrainState, context: Context, *, is_new: boo
 
 
 def stop(step: int, num_skipped: int, callbacks: Callbacks, context: Context) -> NoReturn:
-    """End the run in order. The status is on the disk before any process leaves: launchers then end the others."""
+    """Stop the run cleanly. The status is written before any process exits: a launcher then kills the others."""
     request, folder = context.stop_request, context.run.folder
     saved = callbacks.stop(step, num_skipped, seconds_left=request.seconds_left())
     why = "asked to stop" if request.signal is None else f"received {request.signal.name}"
@@ -214,14 +214,16 @@ def rehearse(run: Run, engine: Engine, state: State) -> None:
     """Build the stage that comes next and run one forward pass."""
     all_stages = stages(run.schedule)
     stage = next((stage for stage in all_stages if state.step < stage.end), all_stages[-1])
-    live = build(stage, state, config=run.config, hf_config=run.hf_config, engine=engine)
+    # Masters in memory: those mapped from files would be files in the run folder.
+    config = run.config.model_copy(update={"lora": run.config.lora.model_copy(update={"master": "host"})})
+    live = build(stage, state, config=config, hf_config=run.hf_config, engine=engine)
     samples = run.data.samples(run.config.data, run.config.seed, make_batch=run.task.make_batch)
     batch = samples.__getitems__(range(run.config.training.per_device_batch_size))
     with engine.inference(live):
         loss = engine.loss(live, batch).item() / max(1, run.task.num_labels(batch))
     if engine.world.process_index == 0:
         print(f"{title(stage)}\n{parameter_report(live.model, engine.store.shape).table()}")
-        print(f"dry run: built, one forward pass, loss {loss:.4f} nats. Nothing was written to {run.folder.path}")
+        print(f"dry run: built the model and ran one forward pass, loss {loss:.4f} nats; no run was started")
 
 
 def check_agreement(run: Run, engine: Engine, state: State) -> None:
@@ -261,14 +263,14 @@ def title(stage: Stage) -> str:
 
 
 @contextmanager
-def failure_in_status(folder: RunFolder, *, owned: bool) -> Iterator[None]:
-    """Write the reason of a failure to the run's status.json, but never into a folder that is not `owned`."""
+def failure_in_status(folder: RunFolder, *, may_write: bool) -> Iterator[None]:
+    """On failure, write the reason to the run's status.json if `may_write`: it may be the folder of another run."""
     try:
         yield
     except Stopped:
         raise  # in order: its status is written already
     except BaseException as error:
-        if owned and is_first():
+        if may_write and is_first():
             # A disk that cannot be written to may be the very reason; the error itself is more important.
             with suppress(OSError):
                 folder.write_status("failed", step=folder.last_step(), reason=str(error) or type(error).__name__)

@@ -478,7 +478,7 @@ MODELS = {
     ),
     "trainable that matches nothing": Case(
         ["training.method=full", "training.trainable=query"],
-        ["training.trainable = query: found in no parameter's name, such as model.embed_tokens.weight"],
+        ["training.trainable = query: matches no parameter name (names look like model.embed_tokens.weight)"],
     ),
     "attention kernel that is not installed": Case(
         ["model.attn_implementation=flash_attention_3", "training.mixed_precision=bf16"],

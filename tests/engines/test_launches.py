@@ -74,24 +74,30 @@ def test_the_files_in_launch_are_not_refused(
         return  # not accelerate's
     as_rank_0_of(file(path.stem), monkeypatch)
     kinds = {"fsdp": "fsdp2", "zero": "deepspeed"}
-    assert launched_engine() == kinds.get(path.stem[:4], "local")
+    assert launched_engine() == kinds.get(path.stem[:4], "ddp")
     assert problems(corpus, tmp_path) == []
 
 
 DEEPSPEED = {
     "stage 0": ({"zero_optimization": {"stage": 0}}, "zero_optimization.stage = 0: must be 1, 2 or 3"),
-    "fp16": ({"fp16": {"enabled": True}}, "fp16.enabled = true: training.mixed_precision says it"),
-    "bf16": ({"bf16": {"enabled": True}}, "bf16.enabled = true: training.mixed_precision says it"),
-    "scheduler": ({"scheduler": {"type": "WarmupLR", "params": {}}}, "scheduler: relora does not know"),
+    "fp16": ({"fp16": {"enabled": True}}, "fp16.enabled = true: not supported; set training.mixed_precision instead"),
+    "bf16": ({"bf16": {"enabled": True}}, "bf16.enabled = true: not supported; set training.mixed_precision instead"),
+    "scheduler": (
+        {"scheduler": {"type": "WarmupLR", "params": {}}},
+        "scheduler: not supported, as its effect on restarts",
+    ),
     "optimizer": ({"optimizer": {"type": "Lamb", "params": {}}}, "optimizer.type = Lamb: must be AdamW"),
-    "rate": ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "optimizer.params.lr: the optim section"),
-    "clipping": ({"gradient_clipping": 0.5}, "gradient_clipping = 0.5: optim.max_grad_norm = 1.0 says it"),
-    "batch": ({"train_batch_size": 32}, "train_batch_size = 32: training.global_batch_size = 8 says it"),
+    "rate": (
+        {"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}},
+        "optimizer.params.lr: set it in relora's optim section",
+    ),
+    "clipping": ({"gradient_clipping": 0.5}, "gradient_clipping = 0.5: conflicts with optim.max_grad_norm = 1.0"),
+    "batch": ({"train_batch_size": 32}, "train_batch_size = 32: conflicts with training.global_batch_size = 8"),
     "micro batch": (
         {"train_micro_batch_size_per_gpu": 4},
-        "train_micro_batch_size_per_gpu = 4: training.per_device_batch_size = 1 says it",
+        "train_micro_batch_size_per_gpu = 4: conflicts with training.per_device_batch_size = 1",
     ),
-    "accumulation": ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps = 3: the batch makes it 4"),
+    "accumulation": ({"gradient_accumulation_steps": 3}, "gradient_accumulation_steps = 3: the batch sizes imply 4"),
     "nvme": (
         {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}},
         "zero_optimization.offload_optimizer.device = nvme: must be none or cpu",
@@ -102,7 +108,7 @@ DEEPSPEED = {
     ),
     "quantized": (
         {"zero_optimization": {"stage": 3, "zero_quantized_weights": True}},
-        "zero_optimization.zero_quantized_weights: relora does not know",
+        "zero_optimization.zero_quantized_weights: not supported",
     ),
 }
 

@@ -93,9 +93,7 @@ def test_goes_on_exactly_between_two_meetings(run: Path, tmp_path: Path) -> None
 
 def test_another_number_of_processes_goes_on_from_a_meeting_only(run: Path, tmp_path: Path) -> None:
     tree = settings_of(run)
-    with pytest.raises(
-        UserError, match="holds the state of 2 processes that have trained apart since the last restart"
-    ):
+    with pytest.raises(UserError, match="holds the separate states of 2 processes"):
         train(check(stopped(tree, EVERY + 3, tmp_path / "between")))
     train(check(stopped(tree, EVERY, tmp_path / "meeting")))
     theirs = only(metrics(tmp_path / "meeting"), "eval_loss")
@@ -111,7 +109,7 @@ def test_other_processes_resume_at_restarts_only(step: int, num_processes: int, 
     tree = apart(corpus, corpus / "nowhere", warm_start_steps=0)
     problems = resume_problems(check(tree), step, 2, num_processes)
     assert len(problems) == is_refused
-    assert all(f"the checkpoint of step {step} holds the state of 2 processes" in line for line in problems)
+    assert all(f"the checkpoint at step {step} holds the separate states of 2 processes" in line for line in problems)
     step_by_step = tree | {"relora": {"restart_every": EVERY}}
     assert resume_problems(check(step_by_step), step, 2, num_processes) == []
 

@@ -89,7 +89,7 @@ def main() -> None:
     engine.release(live)
     if not engine.name.startswith("DeepSpeed"):
         tell("unread", **unread(engine, expected["switch"]))
-    with patch("relora.engines.World", return_value=engine.world):  # they have joined already
+    with patch("relora.engines.registry.World", return_value=engine.world):  # they have joined already
         tell("bf16", **bf16(expected["before restart"]))
     engine.world.close()
 

@@ -38,7 +38,6 @@ def meter_of(config: Config, *, num_processes: int = 1) -> Meter:
     engine: Any = SimpleNamespace(
         world=SimpleNamespace(device=torch.device("cpu"), num_processes=num_processes),
         store=SimpleNamespace(shape=lambda p: p.shape),
-        is_apart=False,
         reduces_gradients=True,
         sent_per_gradient_byte=lambda _: 1.0,
     )
