@@ -29,9 +29,9 @@ from relora.method.routes import flop_limit
 
 OURS: dict[str, dict[str, Any]] = {
     "ours merged": {"forward": "merged"},
-    "ours merged, kept": {"forward": "merged", "keep_merged": True},
+    "ours merged, cached": {"forward": "merged", "keep_merged": True},
     "ours factored": {"forward": "factored"},
-    "ours auto, kept": {"forward": "auto", "keep_merged": True},
+    "ours auto, cached": {"forward": "auto", "keep_merged": True},
 }
 COLUMNS = ("layer", "ms", "of full rank", "FLOP limit", "over the limit", "of PEFT", "saved MiB")
 
@@ -99,8 +99,8 @@ def layers(d_in: int, d_out: int, r: int) -> dict[str, nn.Module]:
     theirs = peft.inject_adapter_in_model(config, nn.Sequential(nn.Linear(d_in, d_out, bias=False)))[0]
     ours = {name: wrapped(d_in, d_out, LoRAConfig(r=r, **how)) for name, how in OURS.items()}
     together = {
-        "q, k, v together, kept": three(d_in, d_out, r),
-        "q, k, v one by one, kept": three(d_in, d_out, r, apart=True),
+        "q, k, v together, cached": three(d_in, d_out, r),
+        "q, k, v one by one, cached": three(d_in, d_out, r, apart=True),
     }
     return {"full rank": plain, "PEFT": theirs, **ours, **together}
 

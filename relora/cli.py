@@ -85,7 +85,7 @@ def _examples(lines: Sequence[str]) -> str:
 
 
 class Argument:
-    """What `ArgumentParser.add_argument` is given."""
+    """The arguments of one call of `ArgumentParser.add_argument`."""
 
     def __init__(self, *names: str, help: str, **options: Any) -> None:
         self.names = names

@@ -200,7 +200,7 @@ class TrainingSection(Section):
     )
     engine: Literal["auto"] | CustomName = Field(
         "auto",
-        description="auto: DDP, FSDP2 or DeepSpeed, as launched; or a `relora.engines.Engine`",
+        description="auto: DDP, FSDP2 or DeepSpeed, as launched; or a function (config, world, task) -> Engine",
         json_schema_extra=HOW,
     )
     trainable: Name | None = Field(None, description="method full: a regex of the names of the parameters to train")

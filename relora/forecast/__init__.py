@@ -1,1 +1,1 @@
-"""What a run will need, computed without running it: no data, no weights, almost no memory."""
+"""A forecast of what a run will need, computed without running it: no data, no weights, almost no memory."""

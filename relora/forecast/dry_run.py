@@ -102,7 +102,7 @@ History = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class DryRun:
-    """What one process holds beside weights, in bytes, in an update and a merge.
+    """Bytes that one process holds beside weights in an update and a merge.
 
     Attributes:
         activations: saved for the backward pass when the output head begins.
@@ -221,7 +221,7 @@ def run_update(model: nn.Module, optimizer: Optimizer, config: Config, batch: Ba
 
 @dataclass
 class Notes:
-    """What was alive at the turns of an update; see `DryRun`, from which the level before the update is taken off."""
+    """Bytes alive at the turns of an update; see `DryRun`, from which the level before the update is taken off."""
 
     activations: int = 0
     passes: History = field(default_factory=list)

@@ -120,7 +120,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will need.
+    """The needs of a run.
 
     Attributes:
         numbers: numbers that follow from the settings, with restarts and reachable rank.

@@ -109,8 +109,8 @@ class WeightFormat:
 
 
 def quantization_problem(name: str) -> str | None:
-    """Why the weight format or optimizer `name` cannot be used here, or None: bitsandbytes is an optional extra."""
-    if name not in (*_ENTRIES_PER_BYTE, "adamw_8bit") or importlib.util.find_spec("bitsandbytes") is not None:
+    """Why the weight format `name` cannot be used here, or None: bitsandbytes is an optional extra."""
+    if name not in _ENTRIES_PER_BYTE or importlib.util.find_spec("bitsandbytes") is not None:
         return None
     return f"{name} needs bitsandbytes: {INSTALL}"
 

@@ -66,7 +66,7 @@ FACTORS = ("lora_A", "lora_B")
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """What to wrap and how. Names and meaning are PEFT's.
+    """Which modules to wrap, and how. Names and meaning are PEFT's.
 
     Attributes:
         r: rank of the update, at most the smaller side of every wrapped weight.

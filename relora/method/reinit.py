@@ -23,7 +23,7 @@ Factors = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class DrawKey:
-    """What a random draw depends on, and nothing else: the same on every process, engine and resume.
+    """The key of a random draw. A draw depends on nothing else: it is the same on every process, engine and resume.
 
     Attributes:
         seed: of the run.
@@ -46,7 +46,7 @@ class DrawKey:
 
 @dataclass(frozen=True)
 class LayerView:
-    """What a policy may know of the layer whose factors it makes.
+    """The facts that a policy may use about the layer whose factors it makes.
 
     Attributes:
         name: canonical name of the layer.

@@ -1,4 +1,4 @@
-"""What a restart does to the optimizer's state of the LoRA factors."""
+"""Reset policies: how a restart changes the optimizer's state of the LoRA factors."""
 
 import math
 from abc import ABC, abstractmethod

@@ -22,7 +22,7 @@ from relora.method.store import Store, TorchStore
 
 @dataclass(frozen=True)
 class RestartReport:
-    """What a restart did, as measured after it.
+    """The result of a restart, as measured after it.
 
     Attributes:
         merged_layers: layers whose update went into W.

@@ -1,4 +1,4 @@
-"""What a model is trained to do: its architecture, the inputs, targets and loss of a batch, and the metrics.
+"""Training tasks: the architecture of the model, the inputs, targets and loss of a batch, and the metrics.
 
 `training.task` names one of `TASKS`, or a user's own subclass of `Task` as `module:attribute`. All that is
 particular to causal language models, the shift of the labels above all, stands in `CausalLM`.

@@ -1,4 +1,4 @@
-"""What a run reports, and to whom: a tracker hands everything to a list of sinks.
+"""Reports of a run: a tracker hands everything to a list of sinks.
 
 Only the first process has sinks; the tracker of every other process is `Tracker([])`. A new sink is a subclass of
 `Sink`, named in `training.report_to`: by its key in SINKS, or as `module:attribute`.

@@ -9,8 +9,8 @@ import pytest
 from safetensors.torch import load_file
 
 from relora.config import UserError, check
-from relora.engines import base as torch_engine
 from relora.files import sha256_of
+from relora.model.tasks import CausalLM
 from relora.train.preflight import preflight
 from relora.train.train import train
 from tests.helpers.tiny import metrics, only
@@ -116,14 +116,14 @@ def test_extend_makes_the_restart_of_the_old_end(tiny_run: Callable[..., dict[st
 def test_a_skipped_batch_is_skipped_again(
     whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poisoned = torch_engine.token_losses
+    poisoned = CausalLM.loss
     bad_ids = preflight(check(whole)).data.samples(check(whole).data, 0)[20]["input_ids"]
 
-    def token_losses(model: Any, batch: Any) -> Any:
-        loss = poisoned(model, batch)
-        return loss * float("nan") if model.training and (batch["input_ids"] == bad_ids).all(1).any() else loss
+    def loss(task: CausalLM, model: Any, batch: Any) -> Any:
+        summed = poisoned(task, model, batch)
+        return summed * float("nan") if model.training and (batch["input_ids"] == bad_ids).all(1).any() else summed
 
-    monkeypatch.setattr(torch_engine, "token_losses", token_losses)
+    monkeypatch.setattr(CausalLM, "loss", loss)
     tree = whole | {"output_dir": str(tmp_path / "skipping")}
     train(check(tree))
     lines = {line["step"]: line for line in metrics(tree["output_dir"]) if "loss" in line}

@@ -15,13 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import relora.train.loop
 from relora.checkpoint.load import checkpoint_problems, complete_checkpoints
 from relora.checkpoint.save import Checkpoints
 from relora.cli import main
 from relora.config import check
 from relora.errors import Stopped
-from relora.train.loop import micro_batch_seed
+from relora.train.loop import Loop
 from relora.train.train import train
 from tests.helpers.launch import command, written
 from tests.helpers.programs import ROOT, end_group
@@ -131,14 +130,16 @@ def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
 
 
 def ask_after(step: int, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
-    """Send this process a signal in the middle of the update that leads to `step`."""
+    """Send this process a signal at the beginning of the update that leads to `step`."""
 
-    def seed(*arguments: Any) -> int:
-        if arguments[1] == (step - 1) * 8:
+    update = Loop.update
+
+    def signalled(loop: Loop, at: int, batches: Any) -> Any:
+        if at == step - 1:
             os.kill(os.getpid(), number)
-        return micro_batch_seed(*arguments)
+        return update(loop, at, batches)
 
-    monkeypatch.setattr(relora.train.loop, "micro_batch_seed", seed)
+    monkeypatch.setattr(Loop, "update", signalled)
 
 
 @pytest.mark.parametrize("step", [2, 5, 7, 8], ids=["nothing due", "checkpoint due", "restart due", "evaluation due"])
