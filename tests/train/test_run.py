@@ -100,16 +100,17 @@ def test_lines_have_the_pinned_fields(run: Path) -> None:
     update = next(line for line in lines if "loss" in line)
     assert list(update) == [
         "step",
-        "skipped",
+        "samples_seen",
         "tokens",
         "loss",
         "learning_rate",
         "grad_norm",
+        "skipped",
         "tokens_per_second",
         "step_seconds",
         "peak_memory_bytes",
     ]
-    assert update["tokens"] == update["step"] * 8 * 32 == 8 * 32
+    assert (update["step"], update["samples_seen"], update["tokens"], update["skipped"]) == (1, 8, 8 * 32, 0)
     assert list(next(line for line in lines if "eval_loss" in line)) == ["step", "eval_loss", "eval_perplexity"]
     assert update["peak_memory_bytes"] > 2**26
 
