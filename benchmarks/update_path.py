@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 import relora
-from benchmarks.engines import write_corpus
+from benchmarks import engines
 from benchmarks.tables import Limit, options_of, publish
 
 PACKAGE = Path(relora.__file__).parent
@@ -78,7 +78,7 @@ def traced_lines(step: int) -> dict[Path, set[int]]:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.json"  # JSON is YAML
-        path.write_text(json.dumps(settings(write_corpus(Path(folder)), Path(folder) / "run", step)))
+        path.write_text(json.dumps(settings(engines.write_corpus(Path(folder)), Path(folder) / "run", step)))
         trace = Trace(Path(folder) / "run" / "metrics.jsonl", step)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()), trace.active():
             train(load_config(path))
@@ -159,33 +159,12 @@ def docstring_lines(function: ast.AST) -> set[int]:
 
 def settings(corpus: Path, run: Path, step: int) -> dict[str, Any]:
     """A run in which nothing but the log line is due at the steps around `step`."""
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     rarely = 10 * step
-    return {
-        "output_dir": str(run),
-        "model": {"config": {"model_type": "llama", "vocab_size": 300, "max_position_embeddings": 64, **shape}},
-        "data": {
-            "sources": [{"path": str(corpus)}],
-            "sequence_length": 32,
-            "eval_fraction": 0.1,
-            "eval_tokens": 256,
-            "num_proc": 1,
-            "num_workers": 0,
-        },
-        "lora": {"r": 4, "lora_alpha": 8},
-        "relora": {"restart_every": rarely, "warm_start_steps": WARM_START},
-        "schedule": {"warmup_steps": 2, "restart_warmup_steps": 1},
-        "training": {
-            "max_steps": step + 2,
-            "global_batch_size": 8,
-            "per_device_batch_size": 4,
-            "mixed_precision": "no",
-            "eval_steps": rarely,
-            "save_steps": rarely,
-            "probe_steps": 0,
-            "logging_steps": 1,
-        },
-    }
+    tree = engines.settings(corpus, run, "no")
+    tree["relora"] = {"restart_every": rarely, "warm_start_steps": WARM_START}
+    tree["training"] |= {"max_steps": step + 2, "per_device_batch_size": 4, "eval_steps": rarely, "save_steps": rarely}
+    tree["training"]["probe_steps"], tree["data"]["document_mask"] = 0, False
+    return tree
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.tiny import write_corpus
+from relora.config import check
+from tests.helpers.tiny import settings, write_corpus
 
 
 def pytest_configure() -> None:
@@ -41,9 +42,17 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny run that has finished."""
+    from relora.train.train import train  # imports the hub's client
+
+    tree = settings(corpus, tmp_path_factory.mktemp("finished") / "run")
+    train(check(tree))
+    return Path(tree["output_dir"])
+
+
 @pytest.fixture
 def tiny_run(corpus: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Settings of a tiny run: `tiny_run(name, **overrides)` with overrides as `section__key=value`."""
-    from tests.helpers.tiny import settings
-
     return lambda name="run", **overrides: settings(corpus, tmp_path / name, **overrides)

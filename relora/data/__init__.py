@@ -6,7 +6,6 @@ from relora.data.dataset import (
     amount_problems,
     eval_batches,
     open_prepared,
-    probe_batch,
     unigram_entropy,
 )
 from relora.data.prepare import find_prepared, prepare
@@ -26,7 +25,6 @@ __all__ = [
     "micro_batches",
     "open_prepared",
     "prepare",
-    "probe_batch",
     "problems",
     "tokenizer_problems",
     "unigram_entropy",

@@ -133,28 +133,6 @@ def eval_batches(
         )
 
 
-def probe_batch(
-    prepared: PreparedData,
-    data: DataSection,
-    *,
-    batch_size: int,
-    process_index: int = 0,
-    num_processes: int = 1,
-    make_batch: MakeBatch = make_batch,
-) -> Batch:
-    """One fixed batch: the first held-out one of this process."""
-    return next(
-        eval_batches(
-            prepared,
-            data,
-            batch_size=batch_size,
-            process_index=process_index,
-            num_processes=num_processes,
-            make_batch=make_batch,
-        )
-    )
-
-
 def unigram_entropy(
     prepared: PreparedData,
     data: DataSection,

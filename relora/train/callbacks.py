@@ -15,7 +15,7 @@ from torch import Tensor
 from relora.checkpoint.master_weights import exact_weights
 from relora.checkpoint.save import Checkpoints
 from relora.checkpoint.state import State
-from relora.data import eval_batches, probe_batch
+from relora.data import eval_batches
 from relora.engines import Engine, TrainState
 from relora.method.lora import lora_delta, lora_layers
 from relora.model.generate import sample_text
@@ -164,7 +164,7 @@ class Callbacks:
     def sample(self, step: int) -> None:
         """Let the model continue the beginnings of held-out rows."""
         run, tokenizer = self.run, self.run.data.tokenizer()
-        ids = probe_batch(run.data, run.config.data, batch_size=NUM_PROMPTS)["input_ids"][:, :PROMPT_TOKENS]
+        ids = next(eval_batches(run.data, run.config.data, batch_size=NUM_PROMPTS))["input_ids"][:, :PROMPT_TOKENS]
         for number, prompt in enumerate(tokenizer.batch_decode(ids, skip_special_tokens=True)):
             with self.engine.inference(self.state):
                 text = sample_text(

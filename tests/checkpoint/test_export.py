@@ -48,15 +48,6 @@ def test_final_computes_what_the_run_computes(model: dict[str, Any], tiny_run: C
     assert is_tied == bool(model.get("tie_word_embeddings", model["model_type"] == "gpt2"))
 
 
-@pytest.fixture(scope="module")
-def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.helpers.tiny import settings
-
-    tree = settings(corpus, tmp_path_factory.mktemp("export") / "run")
-    train(check(tree))
-    return Path(tree["output_dir"])
-
-
 def test_the_folder_is_complete(run: Path) -> None:
     names = {path.name for path in (run / "final").iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md"} <= names

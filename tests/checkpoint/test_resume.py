@@ -13,7 +13,7 @@ from relora.files import sha256_of
 from relora.model.tasks import CausalLM
 from relora.train.preflight import preflight
 from relora.train.train import train
-from tests.helpers.tiny import metrics, only
+from tests.helpers.tiny import metrics, only, settings, stopped
 
 HARD = {"lora__lora_dropout": 0.1, "training__per_device_batch_size": 2, "data__document_mask": True}
 
@@ -21,21 +21,9 @@ HARD = {"lora__lora_dropout": 0.1, "training__per_device_batch_size": 2, "data__
 @pytest.fixture(scope="module")
 def whole(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One run without a stop, with dropout, accumulation and masked documents; a checkpoint at every step."""
-    from tests.helpers.tiny import settings
-
     tree = settings(corpus, tmp_path_factory.mktemp("whole") / "run", **HARD)
     train(check(tree))
     return tree
-
-
-def stopped(tree: dict[str, Any], step: int, folder: Path) -> dict[str, Any]:
-    """A copy of the run as if killed after the checkpoint of `step`, metrics of later steps already written."""
-    shutil.copytree(tree["output_dir"], folder)
-    shutil.rmtree(folder / "final")
-    for checkpoint in (folder / "checkpoints").glob("step-*"):
-        if int(checkpoint.name.removeprefix("step-")) > step:
-            shutil.rmtree(checkpoint)
-    return tree | {"output_dir": str(folder)}
 
 
 def assert_same(run: Path | str, reference: Path | str, *, last: int = 12) -> None:

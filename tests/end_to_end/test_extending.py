@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from relora.files import sha256_of
 from relora.train.train import train
 from tests.helpers.launch import accelerate, written
 from tests.helpers.programs import ROOT
-from tests.helpers.tiny import all_metrics, metrics, only, settings
+from tests.helpers.tiny import all_metrics, metrics, only, settings, stopped
 
 PAGE = ROOT / "docs" / "extending.md"
 STOP_STEP = 8  # after the restart at 7, before the one at 10
@@ -94,16 +93,6 @@ def settings_with(title: str | None, corpus: Path, run: Path) -> dict[str, Any]:
     return tree
 
 
-def stopped(tree: dict[str, Any], run: Path) -> dict[str, Any]:
-    """A copy of a finished run as if killed before the checkpoint after STOP_STEP, with all its metrics written."""
-    shutil.copytree(tree["output_dir"], run)
-    shutil.rmtree(run / "final")
-    for checkpoint in (run / "checkpoints").glob("step-*"):
-        if int(checkpoint.name.removeprefix("step-")) > STOP_STEP:
-            shutil.rmtree(checkpoint)
-    return tree | {"output_dir": str(run)}
-
-
 def hashes(run: Path) -> dict[str, str]:
     """Of all tensors of the newest checkpoint and the final model."""
     folders = (run / "final", run / "checkpoints" / f"step-{LAST_STEP:08d}")
@@ -130,7 +119,7 @@ def test_an_example_trains_restarts_and_resumes(title: str, trained: Trained, tm
     plain_losses = only(metrics(trained(None)["output_dir"]), "loss")
     assert (losses == plain_losses) == (title == "A metric sink")
 
-    train(check(stopped(tree, resumed)))
+    train(check(stopped(tree, STOP_STEP, resumed)))
     assert metrics(resumed) == lines
     assert len(hashes(resumed)) >= 2
     assert hashes(resumed) == hashes(Path(tree["output_dir"]))
@@ -162,7 +151,7 @@ def test_the_sink_has_each_loss_once_after_a_resume(trained: Trained, tmp_path: 
     csv_file = Path(tree["output_dir"]) / "loss.csv"
     losses = only(metrics(tree["output_dir"]), "loss")
     assert csv_file.read_text().splitlines() == [f"{step},{loss}" for step, loss in losses.items()]
-    train(check(stopped(tree, tmp_path / "resumed")))
+    train(check(stopped(tree, STOP_STEP, tmp_path / "resumed")))
     assert (tmp_path / "resumed" / "loss.csv").read_text() == csv_file.read_text()
 
 

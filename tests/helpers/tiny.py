@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,13 @@ def all_metrics(run: Path | str) -> list[dict[str, Any]]:
 def only(lines: Iterable[dict[str, Any]], key: str) -> dict[int, Any]:
     """One field by step, from the lines that have it."""
     return {line["step"]: line[key] for line in lines if key in line}
+
+
+def stopped(tree: dict[str, Any], step: int, folder: Path) -> dict[str, Any]:
+    """A copy of the run as if killed after the checkpoint of `step`, metrics of later steps already written."""
+    shutil.copytree(tree["output_dir"], folder)
+    shutil.rmtree(folder / "final")
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    return tree | {"output_dir": str(folder)}

@@ -72,15 +72,6 @@ def test_the_rate_in_the_metrics_is_the_pinned_formula(shape: dict[str, Any], ti
         assert rate == pytest.approx(peak * pinned_rate(step - 1, **shape), rel=1e-12), step
 
 
-@pytest.fixture(scope="module")
-def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.helpers.tiny import settings
-
-    tree = settings(corpus, tmp_path_factory.mktemp("seen") / "run")
-    train(check(tree))
-    return Path(tree["output_dir"])
-
-
 def test_the_loss_falls_and_restarts_keep_it(run: Path) -> None:
     lines = metrics(run)
     losses = only(lines, "eval_loss")
