@@ -124,7 +124,7 @@ def save_all(
     ids = torch.randint(live.model.config.vocab_size, (1, min(64, config.data.sequence_length)))
     for number in range(1, 2 * rounds + 1):
         cycle = (number + 1) // 2
-        assert not engine.update(live, [{"input_ids": ids, "labels": ids}], seeds=[0], stop=False).failed
+        assert not engine.update(live, [{"input_ids": ids, "labels": ids}], seeds=[0], stop=False).skipped
 
         def save(step: int = number, cycle: int = cycle) -> None:
             about = {"fingerprint": "", "data": ""}

@@ -67,14 +67,14 @@ def go_on(configs: list[str]) -> None:
     from relora.engines import connect
     from relora.train.preflight import preflight
     from relora.train.run import newest_state
-    from relora.train.train import run
+    from relora.train.train import train_stages
 
     engine = connect(load_config(configs[0]))
     for config in configs:
-        job = preflight(load_config(config))
-        state = newest_state(job)
-        assert state.step == STOP, f"{config}: goes on from {state.clock.step}"
-        run(job, engine, state)
+        run = preflight(load_config(config))
+        state = newest_state(run)
+        assert state.step == STOP, f"{config}: goes on from {state.step}"
+        train_stages(run, engine, state)
     engine.world.close()
 
 

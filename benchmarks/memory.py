@@ -96,7 +96,7 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
     with peaks.phase() as table["save, full rank"]:
         checkpoints.save(live, engine, 1, skipped=0, stage="full_rank", cycle=0, about=about)
     with peaks.phase() as table["switch to low rank"]:
-        state = switch(live, engine, 2, 0)
+        state = switch(live, engine, step=2, skipped=0)
         del live
         live = build(low, state, **how)
         del state
@@ -119,7 +119,7 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
 
 
 def update(engine: Any, live: Any, batch: Any) -> None:
-    assert not engine.update(live, [batch], seeds=[0], stop=False).failed
+    assert not engine.update(live, [batch], seeds=[0], stop=False).skipped
 
 
 def from_first(text: str) -> str:

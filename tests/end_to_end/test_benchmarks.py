@@ -13,6 +13,7 @@ import pytest
 
 from benchmarks import storage
 from tests.helpers.launch import written
+from tests.helpers.programs import ROOT
 
 SIZE = {"layers": 1, "hidden-size": 32, "intermediate-size": 80, "heads": 2, "vocab-size": 64, "rank": 4}
 TOKENS = {"batch": 2, "sequence": 16}
@@ -138,3 +139,16 @@ def test_a_coarse_storage_and_its_master_are_compared() -> None:
     row = storage.restart_row({"step": 7, "merge_error": 0.5, "master_error": 1e-7} | probes)
     assert (row["after - before"], row["live after - master"]) == (0.25, 0.125)
     assert (row["merge_error"], row["master_error"]) == (0.5, 1e-7)
+
+
+SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "benchmarks").glob("*.py"))}
+PROGRAMS = [name for name, source in SOURCES.items() if "ArgumentParser" in source and "__main__" in source]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_each_program_starts(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    assert end.value.code == 0
+    assert "usage:" in capsys.readouterr().out
