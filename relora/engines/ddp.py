@@ -47,6 +47,8 @@ class DDPEngine(OneProcessEngine):
         self.name = f"DDP ({world.backend})"
 
     def parallelize(self, model: nn.Module) -> nn.Module:
+        if self.world.num_processes == 1:
+            return model
         device = self.world.device
         return DistributedDataParallel(
             model,
@@ -59,6 +61,6 @@ class DDPEngine(OneProcessEngine):
         )
 
     def gradient_sync(self, state: TrainState, *, is_last: bool) -> AbstractContextManager[None]:
-        if is_last:
+        if is_last or state.parallel_model is state.model:
             return nullcontext()
         return cast(AbstractContextManager[None], cast(DistributedDataParallel, state.parallel_model).no_sync())

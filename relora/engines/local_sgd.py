@@ -108,7 +108,7 @@ class LocalSGDEngine(DDPEngine):
         return super().prepare(model, build_optimizer)
 
     def parallelize(self, model: nn.Module) -> nn.Module:
-        return model if self.num_states > 1 or self.world.num_processes == 1 else super().parallelize(model)
+        return model if self.num_states > 1 else super().parallelize(model)
 
     def begin(self, state: TrainState, extra: Mapping[str, Tensor], *, cycle: int, draw_index: int) -> None:
         for key, tensor in extra.items():

@@ -96,8 +96,8 @@ class World:
 
     @property
     def backend(self) -> str:
-        """nccl or gloo."""
-        return str(distributed.get_backend())
+        """nccl or gloo; "one process" where there is no process group."""
+        return str(distributed.get_backend()) if distributed.is_initialized() else "one process"
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Sums over all processes, in float64, of numbers that the hosts know. Waits for no device."""

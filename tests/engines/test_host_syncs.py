@@ -127,20 +127,24 @@ def test_an_optimizer_that_cannot_be_told_on_the_device_is_asked_before_it_steps
 ) -> None:
     tree = settings_of(tiny_run, "run", max_steps=6)
     train(check(tree | {"optim": tree["optim"] | {"name": "adamw"}}))
-    assert reads.update == [1] * 6
+    assert len(reads.update) == 6
+    assert min(reads.update) >= 1  # on CPUs torch's default kernel itself reads the step of each parameter
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, tree: dict[str, Any], bad: tuple[int, ...]) -> None:
-    """Make the loss of the updates `bad`, counted from 1, NaN in training."""
-    run, loss = preflight(check(tree)), CausalLM.loss
-    samples = run.data.samples(run.config.data, run.config.seed)
-    bad_ids = torch.stack([samples[BATCH * (update - 1) + 1]["input_ids"] for update in bad])
+def poison(monkeypatch: pytest.MonkeyPatch, bad: tuple[int, ...]) -> None:
+    """Make the loss of the updates `bad`, counted from 1, NaN."""
+    update, loss, number = Loop.update, CausalLM.loss, 0
+
+    def counted(loop: Loop, step: int, batches: Any) -> Any:
+        nonlocal number
+        number = step + 1
+        return update(loop, step, batches)
 
     def poisoned(task: CausalLM, model: Any, batch: Any) -> Tensor:
-        is_bad = (batch["input_ids"][:, None] == bad_ids).all(-1).any()
         losses = loss(task, model, batch)
-        return losses * math.nan if model.training and is_bad else losses
+        return losses * math.nan if model.training and number in bad else losses
 
+    monkeypatch.setattr(Loop, "update", counted)
     monkeypatch.setattr(CausalLM, "loss", poisoned)
 
 
@@ -149,15 +153,17 @@ def test_a_bad_batch_counts_as_a_step_and_changes_nothing(
     tiny_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:
     trees = [settings_of(tiny_run, name, logging_steps=every) for name, every in (("each", 1), ("few", 3), ("end", 99))]
-    poison(monkeypatch, trees[0], BAD)
+    poison(monkeypatch, BAD)
     for tree in trees:
-        train(check(tree | {"optim": tree["optim"] | {"name": optimizer}}))
+        tree["optim"]["name"] = optimizer
+        train(check(tree))
     each, few, end = (metrics(tree["output_dir"]) for tree in trees)
     assert sorted(only(each, "loss")) == [step for step in range(1, 17) if step not in BAD]
     assert only(each, "skipped")[16] == only(few, "skipped")[15] == only(end, "skipped")[16] == len(BAD)
     assert only(each, "samples_seen")[16] == 16 * BATCH
     assert only(few, "loss") == {step: loss for step, loss in only(each, "loss").items() if step in (6, 9, 12, 15, 16)}
-    assert only(each, "learning_rate")[4] > only(each, "learning_rate")[2], "the schedule goes by the step"
+    rate = preflight(check(trees[0])).schedule.rate
+    assert only(each, "learning_rate") == {step: rate(step - 1) for step in only(each, "loss")}
     files = [Path(tree["output_dir"], "final", "model.safetensors") for tree in trees]
     assert len({sha256_of(file) for file in files}) == 1
 
@@ -166,7 +172,7 @@ def test_ten_bad_batches_in_a_row_stop_the_run(
     tiny_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = settings_of(tiny_run, "run", logging_steps=100)
-    poison(monkeypatch, tree, tuple(range(5, 15)))
+    poison(monkeypatch, tuple(range(5, 15)))
     with pytest.raises(
         NotFiniteError, match=r"step 14: .* 10 in a row, so the run stops\. No skipped batch has changed"
     ):

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 from relora.cli import main
 from relora.config import Config, ModelSection, UserError, check, load_config
 from relora.config.derived import lora_config
-from relora.engines.base import TorchEngine
+from relora.engines.ddp import DDPEngine
 from relora.engines.deepspeed import DeepSpeedEngine
 from relora.engines.fsdp2 import FSDP2Engine
 from relora.forecast import dry_run as dry_run_module
@@ -103,7 +103,7 @@ def test_what_is_alive_after_a_forward_pass_is_what_autograd_saved(config: Confi
 
     example = example_batch(config, 4)
     with LiveBytes() as live:
-        model = build_model(config.model, hf_config, seed=0)
+        model = build_model(config.model, hf_config, CausalLM(), seed=0)
         make_trainable(model, LOW, config)
         batch = fake_batch(example)
         level, own = live.now, {p.untyped_storage()._cdata for p in model.parameters()}
@@ -116,7 +116,7 @@ def test_what_is_alive_after_a_forward_pass_is_what_autograd_saved(config: Confi
 
 def test_components_are_those_of_a_real_model_and_optimizer(config: Config) -> None:
     hf_config = hf_config_of(config.model)
-    model = build_model(config.model, hf_config, seed=0)
+    model = build_model(config.model, hf_config, CausalLM(), seed=0)
     make_trainable(model, LOW, config)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     num_trained = sum(1 for p in model.parameters() if p.requires_grad)
@@ -189,9 +189,9 @@ def test_gradients_travel_as_the_engines_say(engine: Any, config: Config) -> Non
     config, launch = config.model_copy(update={"training": training}), Launch(engine, 4, on_gpu=False)
     more = replace(MODEL, trained=MODEL.trained + 1000)
     sent = sent_bytes(launch, config, more).update - sent_bytes(launch, config, MODEL).update
-    it: Any = SimpleNamespace(world=SimpleNamespace(num_processes=4), stage=int(engine[-1]) if "zero" in engine else 0)
-    it._sync_each_batch = True
-    kind: Any = {"ddp": TorchEngine, "fsdp2": FSDP2Engine}.get(engine, DeepSpeedEngine)
+    stage = int(engine[-1]) if "zero" in engine else 0
+    it: Any = SimpleNamespace(world=SimpleNamespace(num_processes=4), zero_stage=stage, _sync_each_batch=True)
+    kind: Any = {"ddp": DDPEngine, "fsdp2": FSDP2Engine}.get(engine, DeepSpeedEngine)
     assert sent == pytest.approx(1000 * kind.sent_per_gradient_byte(it, 2))
 
 

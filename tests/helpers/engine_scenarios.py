@@ -446,7 +446,7 @@ def bf16(start: Tensors) -> dict[str, Any]:
     live = begin(engine, low_rank=True, values=start)
     with patch.object(MergedWeightCache, "get", autospec=True, side_effect=MergedWeightCache.get) as kept:
         updates(engine, live, (0,))
-    together = any(layer.siblings is not None for layer in lora_layers(live.model).values())
+    together = any(layer.siblings is not None and layer.can_group for layer in lora_layers(live.model).values())
     of_engine, held = {}, set()
     for name, p in named_parameters(live.model).items():
         held |= {str(part.values.dtype) for part in engine.store.local_copies(p).values()}
