@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from relora.data import eval_batches, micro_batches, probe_batch
+from relora.data import eval_batches, micro_batches
 from relora.data.batches import NO_TOKENS, Row, make_batch
 
 
@@ -190,10 +190,7 @@ def test_a_task_may_make_its_own_batches(prepared, data, workers):
     samples = prepared.samples(data, 7, make_batch=backwards)
     plain = updates(prepared.samples(data, 7), 2)
     own = updates(samples, 2, workers=workers)
-    evaluated = [
-        *eval_batches(prepared, data, batch_size=4, make_batch=backwards),
-        probe_batch(prepared, data, batch_size=4, make_batch=backwards),
-    ]
+    evaluated = list(eval_batches(prepared, data, batch_size=4, make_batch=backwards))
     assert torch.equal(samples[3]["labels"], samples[3]["input_ids"].flip(0))
     for batch, other in zip(itertools.chain(*own), itertools.chain(*plain), strict=True):
         assert torch.equal(batch["input_ids"], other["input_ids"])
