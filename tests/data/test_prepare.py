@@ -81,6 +81,7 @@ def test_nulls_and_empty_texts_are_skipped_and_counted(tmp_path, write, config, 
 
 def test_num_proc_and_pieces_change_nothing_but_the_files(tmp_path, two_sources, prepared_of, monkeypatch):
     results = []
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)  # the command sets it for its process
     for num_proc, piece_bytes in ((1, 10**9), (2, 10**9), (3, 1000)):
         monkeypatch.setenv("RELORA_CACHE", str(tmp_path / f"cache{num_proc}"))
         monkeypatch.setattr(writing, "PIECE_BYTES", piece_bytes)
