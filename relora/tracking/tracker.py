@@ -6,7 +6,9 @@ Only the first process has sinks; the tracker of every other process is `Tracker
 
 import json
 import os
+import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -189,6 +191,7 @@ class TensorBoard(Sink):
         super().__init__(context)
         start = context.start_step
         folder = RunFolder(context.folder).tensorboard
+        wait_until_newest(folder)
         self._board = SummaryWriter(str(folder), purge_step=0 if start is None else start + 1)
         if not has_matplotlib():
             print(f"no pictures in TensorBoard: matplotlib is missing ({INSTALL})", file=sys.stderr)
@@ -219,6 +222,17 @@ class TensorBoard(Sink):
 
     def close(self) -> None:
         self._board.close()
+
+
+def wait_until_newest(folder: Path) -> None:
+    """Wait until a file of events that is created now sorts behind those in `folder`: 1 s at most, as a rule no time.
+
+    The names begin with the second of their creation, and TensorBoard reads the files in the order of their names: one
+    that replaces the steps of another must come after it.
+    """
+    seconds = [re.match(r"events\.out\.tfevents\.(\d+)\.", path.name) for path in folder.glob("events.out.tfevents.*")]
+    newest = max((int(found[1]) for found in seconds if found), default=0)
+    time.sleep(min(1.0, max(0.0, newest + 1 - time.time())))
 
 
 class ProgressBar(Sink):

@@ -52,14 +52,16 @@ def test_it_learns_from_context_and_in_the_low_rank_stage(run: Path) -> None:
     assert since_switch >= 0.1
 
 
-def test_at_rate_zero_after_the_switch_it_does_not(run: Path, folder: Path) -> None:
-    ours, warm_start = folder / "rate_zero", settings()["relora"]["warm_start_steps"]
-    rate = settings()["optim"]["warm_start_learning_rate"]
-    arguments = [f"output_dir={ours}", "optim.learning_rate=0", f"optim.warm_start_learning_rate={rate}"]
-    relora("train", str(CONFIG), *arguments, "training.probe_steps=0", "training.eval_steps=1000")
-    losses = [only(read_metrics(each / "metrics.jsonl"), "loss") for each in (run, ours)]
-    assert losses[0][warm_start] == losses[1][warm_start], "it is the same run up to the switch"
-    assert gains(ours)[1] < 0.1
+def test_at_rate_zero_after_the_switch_it_does_not(folder: Path) -> None:
+    ours, rate = folder / "rate_zero", settings()["optim"]["warm_start_learning_rate"]
+    arguments = ["optim.learning_rate=0", f"optim.warm_start_learning_rate={rate}", "training.probe_steps=0"]
+    # So early in training that a stage which learned anything would gain far more than the tolerance.
+    shorter = ["relora.warm_start_steps=40", "relora.restart_every=40", "training.max_steps=120"]
+    relora("train", str(CONFIG), f"output_dir={ours}", *arguments, *shorter)
+    loss_at_start = only(read_metrics(ours / "metrics.jsonl"), "eval_loss")[0]
+    loss_at_switch = yaml.safe_load((ours / "final" / "relora.json").read_text())["eval_loss_at_switch"]
+    assert loss_at_start - loss_at_switch > 0.5
+    assert gains(ours)[1] == pytest.approx(0, abs=1e-4)
 
 
 def test_restarts_keep_the_function_and_bring_no_bump(run: Path) -> None:

@@ -128,6 +128,8 @@ def test_a_resumed_run_cuts_off_what_it_reports_again(tmp_path: Path) -> None:
     assert read_metrics(tmp_path / "metrics.jsonl") == lines[:3]
     resumed.line({"step": 5, "loss": 0.7})
     resumed.close()
+    first, second = sorted(path.name.split(".")[3] for path in (tmp_path / "tensorboard").iterdir())
+    assert first < second, "TensorBoard reads files of the same second in any order"
     board = EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     assert [(event.step, event.value) for event in board.Scalars("train/loss")] == [
