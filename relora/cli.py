@@ -14,11 +14,14 @@ from typing import Any
 
 import relora
 from relora.config import load_config
-from relora.errors import EXIT_STOPPED, EXIT_USER_ERROR, Stopped, UserError
+from relora.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Failed, Stopped, UserError, disk_failure
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code is 0, 2 after a mistake of the user, 143 if the run was asked to stop."""
+    """Run one command and return its exit code.
+
+    0; 1 after a failure, 2 after a mistake of the user, 143 if the run was asked to stop.
+    """
     options = _parse(_parser(), arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # `module:attribute` in a config may be a file in the working folder, which `python -m relora` alone finds.
@@ -33,6 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stopped:
         print(f"relora: {stopped}", file=sys.stderr)
         return EXIT_STOPPED
+    except Failed as failed:
+        print(f"relora: {failed}", file=sys.stderr)
+        return EXIT_FAILED
+    except OSError as error:
+        line = disk_failure(error)
+        if line is None:
+            raise
+        print(f"relora: {line}", file=sys.stderr)
+        return EXIT_FAILED
     return 0
 
 

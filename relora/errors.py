@@ -1,7 +1,12 @@
-"""How a command ends: a mistake of the user, a request to stop, and their exit codes."""
+"""How a command ends: a mistake of the user, a failure, a request to stop, and their exit codes."""
 
-from collections.abc import Iterable
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
+EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 143  # 128 + SIGTERM: the status a shell reports for a process that SIGTERM ended
 
@@ -14,6 +19,10 @@ class UserError(Exception):
         super().__init__("\n".join(self.problems))
 
 
+class Failed(RuntimeError):  # noqa: N818  # as the others here
+    """Something outside of the program prevents it from going on, or the run has gone wrong: one line, exit code 1."""
+
+
 class Stopped(RuntimeError):  # noqa: N818  # not an error
     """The run was asked to stop and has ended in order. The command ends with exit code 143."""
 
@@ -23,3 +32,29 @@ def raise_if_any(problems: Iterable[str]) -> None:
     found = list(problems)
     if found:
         raise UserError(found)
+
+
+# What a disk or its permissions answer: a fact about the machine, of which a traceback tells nothing.
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+    *(errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ENODEV),
+)
+
+
+@contextmanager
+def disk_errors_name(path: Path) -> Iterator[None]:
+    """Within this, an OSError that names no file names `path`: those of writing and flushing name none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def disk_failure(error: OSError) -> str | None:
+    """One line on a full, failing or forbidden disk; None for another error, of which the traceback is wanted."""
+    if error.errno not in DISK_ERRORS:
+        return None
+    place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    return f"{place}{error.strerror}; nothing else was lost, and the same command goes on when this is mended"

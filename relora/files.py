@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from relora.errors import disk_errors_name
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace the content of `path` in one step: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.draft")
-    with draft.open("w", encoding="utf-8") as file:
+    with disk_errors_name(path), draft.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

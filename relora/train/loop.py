@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from relora.config import Config
 from relora.data import Batch
 from relora.engines import Engine, TrainState, Update
+from relora.errors import Failed
 from relora.method.schedule import Schedule
 from relora.tracking.throughput import Meter
 from relora.tracking.tracker import Tracker
@@ -17,7 +18,7 @@ from relora.train.signals import StopRequest
 MAX_SKIPPED_IN_A_ROW = 10
 
 
-class NotFiniteError(RuntimeError):
+class NotFiniteError(Failed):
     """Too many updates in a row whose loss or gradient was not finite."""
 
 

@@ -1,0 +1,64 @@
+"""Failures of a disk: the file is named, what stood there stays, and the command ends with one line."""
+
+import errno
+import resource
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from relora.cli import main
+from relora.errors import EXIT_FAILED, disk_failure
+from relora.files import write_text
+
+LIMIT = 2**16
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """No file of this process can grow over 64 KiB: writing fails in the middle of it, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_file_that_cannot_be_written_is_named_and_stays_what_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "status.json"
+    write_text(path, "before")
+    with pytest.raises(OSError) as raised:
+        write_text(path, "x" * (LIMIT + 1))
+    assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(path))
+    assert path.read_text() == "before"
+    assert str(disk_failure(raised.value)).startswith(f"{path}: File too large")
+
+
+def test_an_error_that_is_not_the_disks_keeps_its_traceback() -> None:
+    assert disk_failure(FileNotFoundError(errno.ENOENT, "No such file or directory", "x")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ('OSError(28, "No space left on device", "/data/run")', "relora: /data/run: No space left on device"),
+        ('relora.errors.Failed("the run diverged")', "relora: the run diverged\n"),
+    ],
+)
+def test_a_failure_ends_with_one_line(
+    error: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # As a sink of the user's own would: imported while the command runs, and it raises there.
+    (tmp_path / "failing_sink.py").write_text(f"import relora.errors\nraise {error}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    model = "model: {config: {model_type: llama, vocab_size: 64}}"
+    config = f"output_dir: run\n{model}\ndata: {{sources: [{{path: python-stdlib}}]}}\n"
+    (tmp_path / "config.yaml").write_text(config)
+    assert main(["train", "config.yaml", "training.report_to=[failing_sink:Sink]"]) == EXIT_FAILED
+    printed = capsys.readouterr().err
+    assert printed.startswith(line)
+    assert printed.count("\n") == 1
