@@ -29,11 +29,12 @@ def write_json(path: Path, value: Any) -> None:
 
 def sync(path: Path) -> None:
     """Flush a file, or the directory entries of a folder, to disk (fsync)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with disk_errors_name(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def publish_folder(draft: Path, final: Path) -> None:
@@ -79,6 +80,12 @@ def folder_problems(setting: str, path: str) -> list[str]:
     if nearest.is_dir():
         return []
     return [f"{setting}: is a file" if nearest == Path(path) else f"{setting}: {nearest} is a file, not a folder"]
+
+
+def mount_point(path: Path) -> Path:
+    """Where the disk that holds `path`, or would hold it, is mounted."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists() and place.is_mount())
 
 
 def looks_like_a_path(name: str) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from relora.engines.state_entry import Entry
+from relora.errors import disk_errors_name
 
 _DTYPES = {
     torch.float64: "F64",
@@ -30,7 +31,7 @@ _DTYPES = {
 def write_tensors(path: Path, entries: Sequence[Entry]) -> str:
     """Write a safetensors file and return its sha256."""
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with disk_errors_name(path), path.open("wb") as file:
         header = _header(entries)
         file.write(header)
         digest.update(header)

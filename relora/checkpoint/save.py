@@ -3,49 +3,74 @@
 A folder `step-00001000/` is complete if and only if MANIFEST.json is in it. It is written under a temporary name,
 forced to the disk, and renamed. Frozen weights change only at restarts: their files are written once a cycle and
 shared, by hard links, by the checkpoints of the cycle. Only safetensors and JSON are read back (`load.py`).
+
+Training goes on as soon as the values are copied to host memory: a thread writes them, one checkpoint at a time. A disk
+that fails costs a checkpoint and not the run.
 """
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from relora.checkpoint.folder_writer import FolderWriter, FrozenFiles
 from relora.checkpoint.format import (
     BASE,
     BUFFERS,
     EXTRA,
-    FORMAT,
     MANIFEST,
     MOMENTS,
     QUANTIZED,
     QUANTIZED_SUFFIX,
     TEMPORARY_PREFIX,
     TRAINED,
-    FileFacts,
 )
-from relora.checkpoint.load import complete_checkpoints, read_manifest
-from relora.checkpoint.safetensors_stream import write_tensors
+from relora.checkpoint.host_copies import HostCopies
+from relora.checkpoint.load import complete_checkpoints, last_step, read_manifest
 from relora.checkpoint.weights import persistent_buffers
 from relora.engines import Engine, TrainState
 from relora.engines.state_entry import Entry
-from relora.files import publish_folder, share, write_json
+from relora.errors import Failed
+from relora.files import mount_point
 from relora.method.choices import StageName
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 
-SHARD_BYTES = 2**30
 FIRST_CHECKPOINT_S = 20.0
+MAX_FAILED_IN_A_ROW = 3
+MIB = 2**20
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest last. All processes call `save`; the one with `writes` writes the files."""
+    """The checkpoints of one run, newest last. All processes call `save`; the one with `writes` writes the files.
 
-    def __init__(self, folder: Path, *, limit: int | None, writes: bool) -> None:
+    Args:
+        limit: number of newest checkpoints that stay; None for all.
+        in_background: write in a thread of its own, from copies in host memory, instead of within `save`.
+        warn: is told, in the thread that calls `save` or `wait`, of a checkpoint that could not be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        limit: int | None,
+        writes: bool,
+        in_background: bool = False,
+        warn: Callable[[str], None] = print,
+    ) -> None:
         self.folder, self.limit, self.writes = folder, limit, writes
+        self._in_background, self._warn = in_background, warn
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._copies = HostCopies(keep=writes)
+        self._in_flight: tuple[int, Future[None]] | None = None  # the step, and its writing
+        self._num_failed = 0  # in a row
         self._longest_s: float | None = None
 
     def save(
@@ -61,32 +86,55 @@ class Checkpoints:
     ) -> None:
         """Write the checkpoint of `step`, and remove those beyond the limit. Collective.
 
+        Waits for the save before it, so that one is in flight at most. Until the next restart nothing else may write to
+        frozen weights: they are read while they are written to the disk, where this process holds them whole.
+
         Args:
             skipped: batches skipped so far.
             cycle: restarts so far: the frozen weights are those of this cycle.
             about: further entries of the manifest (fingerprint, hash of the data, evaluated).
+
+        Raises:
+            Failed: this is the third checkpoint in a row that the disk did not take. Of two before it `warn` was told.
         """
-        final, start_s = self.folder / f"step-{step:08d}", time.perf_counter()
-        writer = FolderWriter(final, writes=self.writes)
-        self._write_frozen(writer, train_state.model, engine, stage=stage, cycle=cycle)
-        writer.write(BUFFERS, [entry_of(*item) for item in persistent_buffers(train_state.model).items()])
-        trained = {name: p for name, p in named_parameters(train_state.model).items() if p.requires_grad}
-        moments, steps = _optimizer_state(train_state, engine, trained)
-        writer.write(TRAINED, engine.trained_entries(_parameters(engine, trained)))
-        writer.write(MOMENTS, engine.trained_entries(moments))
-        writer.write(EXTRA, [entry_of(*item) for item in engine.extra_state().items()])
+        self.wait()
+        began_s = time.perf_counter()
+        moments, steps = _optimizer_state(train_state, engine)
+        groups = _groups(train_state, engine, cycle=cycle, moments=moments)
+        frozen = FrozenFiles((f"{BASE}-{cycle:05d}", f"{QUANTIZED}-{cycle:05d}"), self._with_frozen(stage, cycle))
+        # Processes that write nothing still take part in reading: it is collective where parameters are sharded.
+        [num_linking] = engine.world.sum([float(frozen.source is not None)])
+        if num_linking:
+            groups = {group: entries for group, entries in groups.items() if group not in frozen.groups}
         facts = {"step": step, "skipped": skipped, "stage": stage, "cycle": cycle, "steps": steps}
-        writer.publish(facts | {"num_states": engine.num_states} | dict(about))
-        if self.writes and self.limit is not None:
-            for folder in complete_checkpoints(self.folder)[: -self.limit]:
-                # Without its manifest a folder is no checkpoint: a kill in between leaves no damaged one.
-                (folder / MANIFEST).unlink()
-                shutil.rmtree(folder)
-        self._longest_s = max(time.perf_counter() - start_s, self._longest_s or 0.0)
+        facts |= {"num_states": engine.num_states} | dict(about)
+        write = partial(self._write, step, frozen=frozen, facts=facts, began_s=began_s)
+        if not self._in_background:
+            self._note(step, _fetching_all(write, groups))
+            return
+        copies = self._copies.take(groups)
+        if self.writes:
+            self._in_flight = step, self._thread.submit(write, copies)
+
+    def wait(self) -> bool:
+        """Wait for the save in flight, and return whether the newest checkpoint that was due is on the disk.
+
+        Raises:
+            Failed: as `save`.
+        """
+        if self._in_flight is not None:
+            (step, writing), self._in_flight = self._in_flight, None
+            self._note(step, writing.exception())
+        return self._num_failed == 0
+
+    def close(self) -> None:
+        """Let the save in flight come to its end, whatever it is."""
+        self._thread.shutdown(wait=True)
 
     def expected_seconds(self) -> float:
-        """How long the next checkpoint may take, by those before it; without any, a guess."""
-        return 1.5 * self._longest_s if self._longest_s is not None else FIRST_CHECKPOINT_S
+        """How long it may take until the next checkpoint is on the disk, by those before it; without any, a guess."""
+        one_s = 1.5 * self._longest_s if self._longest_s is not None else FIRST_CHECKPOINT_S
+        return one_s if self._in_flight is None else 2 * one_s
 
     def remove_leftovers(self) -> None:
         """Remove what killed processes have left: temporary folders, and checkpoints whose removal was under way."""
@@ -96,24 +144,65 @@ class Checkpoints:
             if not (folder / MANIFEST).is_file():
                 shutil.rmtree(folder)
 
-    def _write_frozen(
-        self, writer: "FolderWriter", model: nn.Module, engine: Engine, *, stage: StageName, cycle: int
-    ) -> None:
-        """The frozen weights: linked from an earlier checkpoint of this cycle, or written."""
-        base, quantized = f"{BASE}-{cycle:05d}", f"{QUANTIZED}-{cycle:05d}"
-        source: Path | None = None
+    def _with_frozen(self, stage: StageName, cycle: int) -> Path | None:
+        """The newest checkpoint of this cycle, whose files of frozen weights can be shared; None on other processes."""
+        found = None
         for folder in complete_checkpoints(self.folder) if self.writes else []:
             manifest = read_manifest(folder)
             if (manifest.stage, manifest.cycle) == (stage, cycle):
-                source = folder
-        # Processes that write nothing still take part in reading: it is collective where parameters are sharded.
-        [num_linking] = engine.world.sum([float(source is not None)])
-        if source is not None:
-            writer.link(source, (base, quantized))
-        elif not num_linking:
-            frozen = {name: p for name, p in named_parameters(model).items() if not p.requires_grad}
-            writer.write(base, _parameters(engine, frozen))
-            writer.write(quantized, _quantized(engine, model))
+                found = folder
+        return found
+
+    def _write(
+        self,
+        step: int,
+        groups: Mapping[str, Sequence[Entry]],
+        *,
+        frozen: FrozenFiles,
+        facts: Mapping[str, Any],
+        began_s: float,
+    ) -> None:
+        """Write a folder and remove those beyond the limit.
+
+        Raises:
+            OSError: the disk is full or fails. The temporary folder is gone then, so that it takes no room.
+        """
+        writer = FolderWriter(self.folder / f"step-{step:08d}", writes=self.writes)
+        try:
+            writer.reserve(sum(entry.num_bytes for entries in groups.values() for entry in entries))
+            writer.link(frozen)
+            for group, entries in groups.items():
+                writer.write(group, entries)
+            writer.publish(facts)
+            if self.writes and self.limit is not None:
+                for folder in complete_checkpoints(self.folder)[: -self.limit]:
+                    # Without its manifest a folder is no checkpoint: a kill in between leaves no damaged one.
+                    (folder / MANIFEST).unlink()
+                    shutil.rmtree(folder)
+        except OSError:
+            shutil.rmtree(writer.temporary, ignore_errors=True)
+            raise
+        self._longest_s = max(time.perf_counter() - began_s, self._longest_s or 0.0)
+
+    def _note(self, step: int, error: BaseException | None) -> None:
+        """Count the failures in a row; warn of a few, and end the run at the third."""
+        if error is None:
+            self._num_failed = 0
+            return
+        if not isinstance(error, OSError):
+            raise error
+        self._num_failed += 1
+        disk = mount_point(self.folder)
+        message = (
+            f"the checkpoint of step {step} could not be written: {error.filename or self.folder}: {error.strerror} "
+            f"(disk {disk}, {shutil.disk_usage(disk).free / MIB:,.0f} MiB free)"
+        )
+        if self._num_failed >= MAX_FAILED_IN_A_ROW:
+            raise Failed(
+                f"{message}; that is {self._num_failed} in a row, so the run stops. Make room, then the same command "
+                f"resumes from step {last_step(self.folder)}"
+            )
+        self._warn(f"{message}; training goes on, a resume would begin at step {last_step(self.folder)}")
 
 
 def write_stage_start(folder: Path, train_state: TrainState, engine: Engine, *, writes: bool) -> None:
@@ -124,74 +213,55 @@ def write_stage_start(folder: Path, train_state: TrainState, engine: Engine, *, 
     writer.publish({})
 
 
-class FolderWriter:
-    """Tensors -> safetensors files of about SHARD_BYTES -> a manifest, under a temporary name until it is published.
-
-    Args:
-        writes: False only fetches the tensors, for the process that writes them.
-    """
-
-    def __init__(self, final: Path, *, writes: bool) -> None:
-        self.final, self.temporary = final, final.with_name(f"{TEMPORARY_PREFIX}{final.name}")
-        self.writes = writes
-        self.files: dict[str, FileFacts] = {}
-        self.tensors: dict[str, str] = {}
-        if writes:
-            shutil.rmtree(self.temporary, ignore_errors=True)
-            self.temporary.mkdir(parents=True)
-
-    def write(self, group: str, entries: Sequence[Entry]) -> None:
-        """Write `entries`, in order, to files of this group."""
-        if not self.writes:
-            for entry in entries:
-                entry.fetch()
-            return
-        for number, shard in enumerate(shards_of(entries), start=1):
-            path = self.temporary / f"{group}-{number:05d}.safetensors"
-            sha256 = write_tensors(path, shard)
-            self.files[path.name] = FileFacts(group=group, bytes=path.stat().st_size, sha256=sha256)
-            self.tensors |= dict.fromkeys((entry.name for entry in shard), path.name)
-
-    def link(self, source: Path, groups: Sequence[str]) -> None:
-        """Share the files of `groups` with the checkpoint `source`."""
-        manifest = read_manifest(source)
-        files = {name: facts for name, facts in manifest.files.items() if facts.group in groups}
-        for name in files:
-            share(source / name, self.temporary / name)
-        self.files |= files
-        self.tensors |= {name: file for name, file in manifest.tensors.items() if file in files}
-
-    def publish(self, facts: Mapping[str, Any]) -> None:
-        """Write the manifest, with `facts` in it, and rename the folder to its final name."""
-        if self.writes:
-            files = {name: of_file.model_dump() for name, of_file in self.files.items()}
-            manifest = {"format": FORMAT, **facts, "files": files, "tensors": self.tensors}
-            write_json(self.temporary / MANIFEST, manifest)
-            publish_folder(self.temporary, self.final)
-
-
-def shards_of(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """Entries in order, cut after each that fills a file to SHARD_BYTES."""
-    shards: list[list[Entry]] = []
-    num_bytes = SHARD_BYTES  # of the last file: full, as there is none yet
-    for entry in entries:
-        if num_bytes >= SHARD_BYTES:
-            shards.append([])
-            num_bytes = 0
-        shards[-1].append(entry)
-        num_bytes += entry.num_bytes
-    return shards
-
-
 def entry_of(name: str, tensor: Tensor) -> Entry:
     """An entry for a tensor that every process holds."""
     return Entry(name, tensor.shape, tensor.dtype, lambda: tensor)
 
 
+def _fetching_all(
+    write: Callable[[Mapping[str, Sequence[Entry]]], None], groups: Mapping[str, Sequence[Entry]]
+) -> OSError | None:
+    """Call `write`; where a disk fails in the middle, fetch the rest: the other processes take part in every fetch."""
+    fetched = set[str]()
+
+    def fetch(entry: Entry) -> Tensor:
+        fetched.add(entry.name)
+        return entry.fetch()
+
+    noted = {group: [replace(e, fetch=partial(fetch, e)) for e in entries] for group, entries in groups.items()}
+    try:
+        write(noted)
+    except OSError as error:
+        for entry in (entry for entries in groups.values() for entry in entries if entry.name not in fetched):
+            entry.fetch()
+        return error
+    return None
+
+
+def _groups(
+    train_state: TrainState, engine: Engine, *, cycle: int, moments: Sequence[Entry]
+) -> dict[str, Sequence[Entry]]:
+    """All tensors of a checkpoint by group, in the order in which they are written."""
+    parameters = named_parameters(train_state.model)
+    frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    return {
+        f"{BASE}-{cycle:05d}": _parameters(engine, frozen),
+        f"{QUANTIZED}-{cycle:05d}": _quantized(engine, train_state.model),
+        BUFFERS: [entry_of(*item) for item in persistent_buffers(train_state.model).items()],
+        TRAINED: engine.trained_entries(_parameters(engine, trained)),
+        MOMENTS: engine.trained_entries(moments),
+        EXTRA: [entry_of(*item) for item in engine.extra_state().items()],
+    }
+
+
 def _parameters(engine: Engine, parameters: Mapping[str, nn.Parameter]) -> list[Entry]:
     """The exact values of `parameters`, in full shape."""
-    store = engine.store
-    return [Entry(name, store.shape(p), store.dtype(p), partial(store.read, p)) for name, p in parameters.items()]
+    store, entries = engine.store, []
+    for name, p in parameters.items():
+        is_constant = not p.requires_grad and not store.master(p).is_partial
+        entries.append(Entry(name, store.shape(p), store.dtype(p), partial(store.read, p), is_constant))
+    return entries
 
 
 def _quantized(engine: Engine, model: nn.Module) -> list[Entry]:
@@ -202,17 +272,18 @@ def _quantized(engine: Engine, model: nn.Module) -> list[Entry]:
         for name, layer in lora_layers(model).items()
         if layer.weight_format.is_quantized
     }
-    return [Entry(name, store.raw_shape(p), p.dtype, partial(store.raw, p)) for name, p in weights.items()]
+    return [
+        Entry(name, store.raw_shape(p), p.dtype, partial(store.raw, p), is_constant=not store.local(p).is_partial)
+        for name, p in weights.items()
+    ]
 
 
-def _optimizer_state(
-    train_state: TrainState, engine: Engine, trained: Mapping[str, nn.Parameter]
-) -> tuple[list[Entry], dict[str, float]]:
+def _optimizer_state(train_state: TrainState, engine: Engine) -> tuple[list[Entry], dict[str, float]]:
     """The moments as entries `<parameter>:<slot>`, and the step counts of parameters that have one."""
     store, optimizer = engine.store, train_state.optimizer
     moments, steps = list[Entry](), dict[str, float]()
-    for name, p in trained.items():
-        if not store.has_state(optimizer, p):
+    for name, p in named_parameters(train_state.model).items():
+        if not p.requires_grad or not store.has_state(optimizer, p):
             continue
         for key, slot in store.slots(optimizer, p).items():
             fetch = partial(store.read_slot, optimizer, p, key)

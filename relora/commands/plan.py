@@ -97,7 +97,7 @@ def memory_lines(result: Forecast) -> list[str]:
         cells = [mib(stage.host[kind]) if kind in stage.host else "" for stage in stages]
         lines.append(row(f"host: {kind}", cells))
     if any(stage.save_host for stage in stages):
-        lines.append(row("host: one tensor of a save", [mib(stage.save_host) for stage in stages]))
+        lines.append(row("host: copies of a save, first process", [mib(stage.save_host) for stage in stages]))
     return lines
 
 

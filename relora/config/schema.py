@@ -228,6 +228,12 @@ class TrainingSection(Section):
     save_total_limit: Count | None = Field(
         3, description="number of newest checkpoints kept; null: all", json_schema_extra=HOW
     )
+    async_save: bool = Field(
+        True,
+        description="write checkpoints while training goes on, from copies in host memory; false: train on afterwards, "
+        "with one tensor at a time in host memory",
+        json_schema_extra=HOW,
+    )
     logging_steps: Count = Field(10, description="updates between lines of metrics", json_schema_extra=HOW)
     report_to: Annotated[tuple[Literal["tensorboard"] | CustomName, ...], Field(strict=False)] = Field(
         ("tensorboard",),

@@ -12,12 +12,17 @@ STATE_PREFIX = "process-"
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of known shape and dtype. Every process calls `fetch`, in the same order: it may be collective."""
+    """A tensor of known shape and dtype. Every process calls `fetch`, in the same order: it may be collective.
+
+    Attributes:
+        is_constant: `fetch` is not collective and gives the same values until the next restart, in any thread.
+    """
 
     name: str
     shape: torch.Size
     dtype: torch.dtype
     fetch: Callable[[], Tensor]
+    is_constant: bool = False
 
     @property
     def num_bytes(self) -> int:

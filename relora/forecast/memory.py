@@ -45,7 +45,7 @@ class StageMemory:
         host: in host memory all the time, by component. Without a GPU it is the same memory.
         restart: peak of a restart on the device, or None where there are none.
         save: peak of a checkpoint on the device.
-        save_host: the additional host memory of a checkpoint.
+        save_host: the additional host memory of a checkpoint, in the process that writes it.
     """
 
     stage: str
@@ -92,7 +92,7 @@ def stage_memory(stage: Stage, config: Config, launch: Launch, model: StageModel
         host=exact_master(stage, config, model.parameter_report, launch),
         restart=level + math.ceil(dry_run.merge * shares.weights) if merges else None,
         save=level + (model.largest_tensor if is_sharded else 0),  # gathered one at a time
-        save_host=model.largest_tensor if launch.on_gpu else 0,
+        save_host=save_in_host_memory(stage, config, launch, model, optimizer_state=dry_run.optimizer_state),
     )
 
 
@@ -139,6 +139,29 @@ def exact_master(stage: Stage, config: Config, report: ParameterReport, launch: 
     num_entries = sum(d_out * d_in for d_out, d_in in report.wrapped_layers.values())
     where = ", mapped from disk" if config.lora.master == "disk" else ""
     return {f"exact fp32 master{where}": math.ceil(4 * num_entries / num_master_shards(config, launch))}
+
+
+def save_in_host_memory(
+    stage: Stage, config: Config, launch: Launch, model: StageModel, *, optimizer_state: int
+) -> int:
+    """Bytes of the copies from which a checkpoint is written, in the host memory of the first process.
+
+    In the background: of all that is trained with its optimizer state, and of what is frozen and sharded. Otherwise of
+    one tensor at a time, where it comes from a GPU.
+    """
+    one_tensor = model.largest_tensor if launch.on_gpu else 0
+    if not config.training.async_save:
+        return one_tensor
+    report, wrapped_shards = model.parameter_report, 1
+    masters = exact_master(stage, config, report, launch)
+    if masters:
+        wrapped_shards = num_master_shards(config, launch)
+    is_sharded = shares_of(launch, config, model.num_bytes).weights < 1
+    copies = model.num_bytes.trained + optimizer_state + model.num_buffer_bytes
+    if is_sharded or wrapped_shards > 1:
+        num_entries = sum(d_out * d_in for d_out, d_in in report.wrapped_layers.values())
+        copies += 4 * num_entries if masters else report.wrapped.num_bytes
+    return copies + (report.frozen.num_bytes if is_sharded else 0) + one_tensor
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class Callbacks:
             return False
         self.restart_or_probe(step)
         self.save(step, num_skipped, evaluated=not self.evaluation_due(step))
-        return True
+        return self.checkpoints.wait()
 
     def catch_up(self, resumed: State) -> None:
         """Run what was due at the step of a checkpoint and left undone.
@@ -117,6 +117,7 @@ class Callbacks:
     def restart(self, step: int) -> None:
         """Merge, reinit and reset, with the loss on the probe rows before and after in the metrics."""
         config, index = self.run.config, self.run.schedule.restarts_done(step)
+        self.checkpoints.wait()  # the save in flight reads the frozen weights, which now change
         before, start_s = self.probe_loss(), time.perf_counter()
         with Traffic(self.engine.world.num_processes) as traffic:
             report = self.engine.restart(

@@ -19,7 +19,7 @@ from relora.config import Config
 from relora.config.derived import derived_numbers
 from relora.data import micro_batches
 from relora.engines import Engine, TrainState, connect, is_first
-from relora.errors import Stopped, UserError, raise_if_any
+from relora.errors import Failed, Stopped, UserError, raise_if_any
 from relora.files import write_json
 from relora.method.parameter_report import describe_routes, parameter_report
 from relora.tracking.tracker import SinkContext, Tracker, open_tracker
@@ -90,9 +90,7 @@ def train_stages(run: Run, engine: Engine, state: State) -> None:
         Stopped: as `train`.
     """
     config, folder, writes = run.config, run.folder, engine.world.process_index == 0
-    checkpoints = Checkpoints(folder.checkpoints, limit=config.training.save_total_limit, writes=writes)
     if writes:
-        checkpoints.remove_leftovers()
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
         numbers = derived_numbers(config, engine.world.num_processes)
         settings = config.model_copy(update={"model": run.resolved_model})
@@ -110,11 +108,25 @@ def train_stages(run: Run, engine: Engine, state: State) -> None:
             hparams=run.identity,
         )
         tracker = open_tracker(sinks, config.training.report_to)
-    with closing(tracker), stop_signals() as stop_request:
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        limit=config.training.save_total_limit,
+        writes=writes,
+        in_background=config.training.async_save,
+        warn=tracker.log,
+    )
+    if writes:
+        checkpoints.remove_leftovers()
+    with closing(tracker), closing(checkpoints), stop_signals() as stop_request:
         context = Context(run, engine, tracker, checkpoints, stop_request)
         for stage in stages(run.schedule):
             if state.step < stage.end:
                 state = train_stage(stage, state, context)
+        if not checkpoints.wait():
+            raise Failed(
+                f"training has ended, but the checkpoint of step {state.step} could not be written; the same command "
+                f"resumes from step {last_step(folder.checkpoints)} when there is room"
+            )
     if writes:
         print(finish(run), flush=True)
     engine.world.barrier()

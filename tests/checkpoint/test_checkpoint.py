@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from relora.checkpoint import save as checkpoint_module
+from relora.checkpoint import folder_writer as checkpoint_module
 from relora.checkpoint.load import checkpoint_problems, complete_checkpoints, open_checkpoint, read_manifest
 from relora.config import check
 from relora.method.names import named_parameters

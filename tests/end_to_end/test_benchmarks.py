@@ -117,6 +117,14 @@ def test_checkpoints_of_a_cycle_share_their_base(benchmark: Benchmark) -> None:
     assert len(limits) == 5
 
 
+def test_a_save_in_the_background_lets_updates_go_on(benchmark: Benchmark) -> None:
+    tables, limits = benchmark("background_save", *SMALL, "--rounds=1", "--disk-mb-per-s=2")
+    rows = by("save", tables["Saves in the background"])
+    for row in rows.values():
+        assert row["waits, s"] < row["within, s"], "the disk, and not the copy, is what takes the time"
+    assert len(limits) == len(rows) == 2
+
+
 def test_the_same_run_with_each_storage(
     benchmark: Benchmark, tiny_run: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
