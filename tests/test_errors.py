@@ -1,9 +1,6 @@
 """Failures of a disk: the file is named, what stood there stays, and the command ends with one line."""
 
 import errno
-import resource
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,26 +8,15 @@ import pytest
 from relora.cli import main
 from relora.errors import EXIT_FAILED, disk_failure
 from relora.files import write_text
+from tests.helpers.full_disk import no_file_over
 
 LIMIT = 2**16
 
 
-@pytest.fixture
-def full_disk() -> Iterator[None]:
-    """No file of this process can grow over 64 KiB: writing fails in the middle of it, as on a disk that is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-@pytest.mark.usefixtures("full_disk")
 def test_a_file_that_cannot_be_written_is_named_and_stays_what_it_was(tmp_path: Path) -> None:
     path = tmp_path / "status.json"
     write_text(path, "before")
-    with pytest.raises(OSError) as raised:
+    with no_file_over(LIMIT), pytest.raises(OSError) as raised:
         write_text(path, "x" * (LIMIT + 1))
     assert (raised.value.errno, raised.value.filename) == (errno.EFBIG, str(path))
     assert path.read_text() == "before"
