@@ -26,7 +26,7 @@ NOT_PART_OF_THE_RUN = {
     *("data.prepared_dir", "data.num_proc", "data.num_workers"),
     *("training.per_device_batch_size", "training.per_device_eval_batch_size", "training.mixed_precision"),
     *("training.num_processes", "training.eval_steps", "training.save_steps", "training.save_total_limit"),
-    *("training.logging_steps", "training.probe_steps", "training.sync_each_batch"),
+    *("training.logging_steps", "training.probe_steps", "training.sync_each_batch", "training.async_save"),
     *("training.peak_tflops", "training.report_to", "training.engine"),
 }
 
