@@ -6,9 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from relora import LoRAConfig, build_optimizer, inject_lora, merge_lora, restart
-from relora.method.lora import is_linear, lora_layers
+from relora.method.lora import lora_layers
 from relora.method.names import tied_names
 from relora.method.parameter_report import parameter_report
+from relora.method.plain_layers import is_linear
 from tests.helpers.architectures import (
     ARCHITECTURES,
     CONFIG,
