@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from relora.data import Batch
 from relora.engines.state_entry import Entry
 from relora.engines.world import World
+from relora.method.choices import CacheSpan
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.method.restart import RestartReport, restart
@@ -263,12 +264,13 @@ class Engine(ABC):
         state.optimizer.state.clear()
 
 
-def restrict_layers(model: nn.Module, *, can_cache: bool, can_group: bool) -> None:
+def restrict_layers(model: nn.Module, *, cache_span: CacheSpan, can_group: bool) -> None:
     """Tell the wrapped layers what the engine's handling of their parameters allows.
 
     Args:
-        can_cache: W + delta may be cached between calls: W stays whole, and writes to the factors are counted.
+        cache_span: how long W + delta may be cached (`LoRALinear`): "update" if W stays whole, and writes to the
+            factors are counted.
         can_group: layers that read the same input may be computed together: all are whole at the same time.
     """
     for layer in lora_layers(model).values():
-        layer.can_cache, layer.can_group = can_cache, can_group
+        layer.cache_span, layer.can_group = cache_span, can_group

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from relora.method.base_weights import WeightFormat
-from relora.method.choices import BaseDtype, Bias, Forward, Route
+from relora.method.choices import BaseDtype, Bias, CacheSpan, Forward, Route
 from relora.method.delta import lora_delta
 from relora.method.kernels import Projection, compute_dtype, project, project_dropped
 from relora.method.masters import add_master, take_master
@@ -47,8 +47,8 @@ class LoRAConfig:
         base_dtype: how the frozen weights are stored; None for their own dtype. If it is coarser than float32, an
             exact fp32 master of each weight is held in host memory.
         forward: merged (one product with W + delta), factored (x A^T B^T beside x W^T), or auto: the cheaper.
-        keep_merged: cache W + delta of the merged route until W or the factors change, instead of forming it in
-            both passes. For models whose parameters torch's optimizers write (`LoRALinear.can_cache`).
+        keep_merged: cache W + delta of the merged route for the backward pass instead of forming it again; for longer
+            where an engine sets `LoRALinear.cache_span`.
     """
 
     r: int = 128
@@ -101,8 +101,10 @@ class LoRALinear(nn.Module):
             `exact_weights`.
         siblings: the layers that it is computed together with, if there are any.
         cache: of W + delta, if the model keeps it (`attach_caches`).
-        can_cache: writes to W, A and B are seen by torch's version counters or end in a step of a torch optimizer, and
-            W stays whole between passes. An engine for which this does not hold sets it to False.
+        cache_span: how long the cache holds W + delta. "pass": from a forward pass to its own backward pass, so that
+            no write between passes is ever missed. "update": until W, A or B changes, which an engine sets where all
+            writes are seen by torch's version counters or end in a step of a torch optimizer. "none": not at all,
+            where W is not whole between the passes.
         can_group: the parameters are whole while a sibling computes. An engine that gathers one layer at a time sets
             it to False.
     """
@@ -134,7 +136,8 @@ class LoRALinear(nn.Module):
         self.override: Tensor | None = None
         self.siblings: SiblingGroup | None = None
         self.cache: MergedWeightCache | None = None
-        self.can_cache = self.can_group = True
+        self.cache_span: CacheSpan = "pass"
+        self.can_group = True
         self.route(1, dtype)  # raises if the merged route is asked for and impossible
         # The plain layer is kept outside of the module tree, without parameters: fully_shard replaces those of the
         # tree, and a second reference would keep the whole weight in memory.
@@ -224,25 +227,29 @@ class LoRALinear(nn.Module):
 
     def projection(self, x: Tensor) -> Projection:
         """This layer's product with x (..., d_in), for the kernels, by the route that such a call takes."""
-        dtype, cache = compute_dtype(x), self.active_cache
-        route = self.route(x.numel() // self.in_features, dtype, with_gradients=torch.is_grad_enabled())
+        dtype, cache, with_gradients = compute_dtype(x), self.active_cache, torch.is_grad_enabled()
+        route, outlives = self.route(x.numel() // self.in_features, dtype), self.cache_span == "update"
         weight, weight_format = cast(Tensor, self.weight), self.weight_format
         if self.override is not None:
             weight, weight_format = self.override, WeightFormat(None, weight_format.shape)
         tensors = (weight, self.bias, self.lora_A, self.lora_B)
         projection = Projection(*tensors, None, weight_format, self.scale, self.transposed, route)
-        if cache is None or route == "factored":
+        if cache is None or route == "factored" or not (with_gradients or outlives):
             return projection
-        return replace(projection, merged=cache.get((weight, self.lora_A, self.lora_B), dtype, projection.form))
+        parameters = weight, self.lora_A, self.lora_B
+        return replace(projection, merged=cache.get(parameters, dtype, projection.form, keep=outlives))
 
-    def route(self, num_tokens: int, dtype: torch.dtype, *, with_gradients: bool = True) -> Route:
+    def route(self, num_tokens: int, dtype: torch.dtype, *, with_gradients: bool | None = None) -> Route:
         """The route of a call with `num_tokens` tokens that computes in `dtype`.
 
         Raises:
             ValueError: the merged route is asked for, and W is no longer stored exactly.
         """
+        with_gradients = torch.is_grad_enabled() if with_gradients is None else with_gradients
         cache, num_forms = self.active_cache, 1.0 + with_gradients
-        if cache is not None:
+        if cache is not None and self.cache_span == "pass":
+            num_forms = 1.0
+        elif cache is not None:
             is_fresh = cache.get((self.weight, self.lora_A, self.lora_B), dtype) is not None
             num_forms = 1.0 - is_fresh
         # Dynamo warns of lru_cache, and traces what it wraps.
@@ -265,7 +272,7 @@ class LoRALinear(nn.Module):
     @property
     def active_cache(self) -> "MergedWeightCache | None":
         """The cache of W + delta, where it may be used; a compiled graph cannot hold one."""
-        return self.cache if self.can_cache and not torch.compiler.is_compiling() else None
+        return None if self.cache_span == "none" or torch.compiler.is_compiling() else self.cache
 
     def delta(self) -> Tensor:
         """scale * B @ A in the layout of `weight`, formed in fp32 (float64 around a float64 weight)."""

@@ -121,6 +121,6 @@ def describe_routes(model: nn.Module, num_tokens: int, dtype: torch.dtype) -> st
     chosen = Counter(layer.route(num_tokens, dtype) for layer in layers)
     words = [f"{route} in {count} layers" for route, count in chosen.most_common()]
     if any(layer.cache is not None for layer in layers):
-        is_cached = all(layer.can_cache for layer in layers)
+        is_cached = all(layer.cache_span != "none" for layer in layers)
         words.append(f"W + delta is {'cached' if is_cached else 'not cached under this engine'}")
     return f"  forward: {', '.join(words)}"
