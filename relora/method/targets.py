@@ -57,7 +57,7 @@ def find_targets(model: nn.Module, config: LoRAConfig, *, unfit: Mapping[str, st
 def _unfitness(name: str, module: nn.Module, config: LoRAConfig, tied: Mapping[int, list[str]]) -> str | None:
     """Why a linear layer cannot be wrapped, or None."""
     if not name:
-        return "is the whole model: nothing holds it, so nothing can take its place; put it into an nn.Sequential"
+        return "is itself the layer to wrap: nothing holds it, so nothing can replace it; put it into an nn.Sequential"
     problem = linear_problem(module)
     if problem is not None:
         return problem
