@@ -20,12 +20,11 @@ from relora.method.store import TorchStore
 from relora.method.targets import (
     Targets,
     ends_in,
-    find_modules,
     find_targets,
     last_parts,
+    modules_in_full,
     modules_to_save,
     target_problems,
-    task_heads,
 )
 
 
@@ -171,9 +170,7 @@ def _saved_parameters(model: nn.Module, config: LoRAConfig, targets: list[str]) 
     if config.modules_to_save == "rest":
         return names.keys() - wrapped
     saved: set[str] = set()
-    # A fresh head that neither trains nor is wrapped would stay as it was drawn.
-    heads = task_heads(model) if config.modules_to_save is None else []
-    for module in (*find_modules(model, modules_to_save(config)), *heads):
+    for module in modules_in_full(model, config):
         owned = {id(parameter) for parameter in model.get_submodule(module).parameters()}
         saved |= {name for name, known in names.items() if id(known) in owned} - wrapped
     biases = {name for name in names if name.rsplit(".", 1)[-1] == "bias"}

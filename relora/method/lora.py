@@ -123,6 +123,7 @@ class LoRALinear(nn.Module):
         # The same parameter where nothing is rounded: other modules may hold it.
         is_same = (stored.dtype, stored.shape) == (weight.dtype, weight.shape)
         self.weight = weight if is_same else nn.Parameter(stored, requires_grad=False)
+        vars(self.weight).update(vars(weight))  # what was set on it
         self.master: Shard | None = None
         if self.weight_format.needs_master:
             exact = weight.detach().float()
@@ -168,6 +169,7 @@ class LoRALinear(nn.Module):
         if weight.dtype != self._plain_dtype or self.master is not None:
             exact = self.weight if self.master is None else self.master.values.view(self.weight_format.shape)
             weight = nn.Parameter(exact.to(weight.device, self._plain_dtype, copy=True), requires_grad=False)
+            vars(weight).update(vars(self.weight))
         plain.register_parameter("weight", weight)
         plain.register_parameter("bias", self.bias)
         return_attributes(self, plain, own=self._own)

@@ -66,7 +66,7 @@ def _own_methods(kind: type[nn.Module]) -> list[str]:
 def share_attributes(plain: nn.Module, layer: nn.Module) -> None:
     """Give `layer` the hooks, the mode and whatever else was set on `plain` and `layer` has not itself."""
     for name, value in vars(plain).items():
-        if name in _SHARED or name not in vars(layer):
+        if name in _SHARED or not hasattr(layer, name):
             vars(layer)[name] = value
     layer.train(plain.training)
 

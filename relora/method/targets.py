@@ -106,6 +106,13 @@ def find_modules(model: nn.Module, suffixes: Iterable[str]) -> list[str]:
     return [name for suffix in suffixes for name in names if ends_in(suffix, name)]
 
 
+def modules_in_full(model: nn.Module, config: LoRAConfig) -> list[str]:
+    """Names of the modules that train in full: a fresh head that did not would stay as it was drawn."""
+    if config.modules_to_save is None:
+        return task_heads(model)
+    return find_modules(model, modules_to_save(config))
+
+
 def target_problems(config: LoRAConfig, linear: Iterable[str], targets: Targets) -> Iterator[str]:
     """Entries of target_modules that stand for no linear layer, and layers asked for that cannot be wrapped."""
     wanted, names = config.target_modules, list(linear)

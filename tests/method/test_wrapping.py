@@ -110,7 +110,9 @@ def test_attributes_and_modes_are_kept() -> None:
     model = toy()
     model.inner.note, model.inner.block = "mine", 3
     model.conv.eval()
-    inject_lora(model, replace(CONFIG, lora_dropout=0.5))
+    model.inner.weight.note = model.conv.weight.note = "of the weight"
+    inject_lora(model, replace(CONFIG, lora_dropout=0.5, base_dtype="nf4"))
+    assert model.inner.weight.note == model.conv.weight.note == "of the weight"
     layer = lora_layers(model)["inner"]
     assert (layer.note, layer.training, isinstance(layer, nn.Linear)) == ("mine", True, True)
     assert [module.training for module in model.conv.modules()] == [False, False]
@@ -119,6 +121,7 @@ def test_attributes_and_modes_are_kept() -> None:
     del layer.block
     merge_lora(model)
     assert (model.inner.note, model.inner.later, model.conv.training) == ("changed", 5, False)
+    assert model.inner.weight.note == model.conv.weight.note == "of the weight"
     assert not {"block", "scale", "r", "_own", "_plain"} & vars(model.inner).keys()
     assert vars(model).keys() == vars(toy()).keys()
 
