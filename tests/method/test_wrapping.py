@@ -13,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers.integrations.flash_attention import get_target_dtype
 from transformers.pytorch_utils import Conv1D
 
@@ -281,7 +282,7 @@ def test_factors_that_are_not_finite_are_not_merged() -> None:
     with torch.no_grad():
         model.outer.lora_A[0, 0] = torch.nan
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"1 of 6 LoRA factors are not finite: outer\.lora_A"):
+    with pytest.raises(ValueError, match=r"not finite.*outer\.lora_A"):
         merge_lora(model)
     assert all(isinstance(layer, LoRALinear) for layer in (model.inner, model.conv, model.outer))
     assert all(
@@ -384,6 +385,15 @@ def test_a_wrapped_weight_that_trains_gets_its_gradient_under_dropout(layer: str
         gradients.append(weight.grad)
     assert gradients[0].abs().max() > 0.1
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_a_weight_that_trains_beside_its_master_is_not_merged() -> None:
+    model, optimizer = coarse("bfloat16")
+    model.inner.weight.requires_grad_()
+    with pytest.raises(ValueError, match=r"inner\.weight trains, but its master does not"):
+        restart(model, optimizer, seed=0, index=2)
+    with pytest.raises(ValueError, match=r"inner\.weight trains, but its master does not"):
+        merge_lora(model)
 
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
@@ -530,6 +540,21 @@ def test_no_write_leaves_a_stale_cache() -> None:
     outputs.append(model(x).detach())
     torch.testing.assert_close(outputs[1], uncached())
     assert (outputs[0] - outputs[1]).abs().max() > 0.01
+
+
+def test_an_averaged_copy_computes_with_its_average() -> None:
+    model, optimizer = trained(1, CACHED)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    x, expected = torch.randn(4, 12), copy.deepcopy(model)
+    for _ in range(2):
+        average(x).sum().backward()
+        update(model, optimizer)
+        average.update_parameters(model)
+    with torch.no_grad():
+        for (name, p), q in zip(average.module.named_parameters(), expected.parameters(), strict=True):
+            assert torch.equal(p, q) != (p.requires_grad), name
+            q.copy_(p)
+        torch.testing.assert_close(average(x), expected(x))
 
 
 def test_gradients_with_the_cache_are_those_without() -> None:
