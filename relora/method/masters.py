@@ -52,7 +52,7 @@ def take_master(
         errors.append(f"size mismatch for {key}: {tuple(exact.shape)} in the state, {tuple(shape)} in the model")
         return rest
     if exact.shape == shape and (stored is None or (stored.dtype, stored.shape) != (weight.dtype, weight.shape)):
-        rest[prefix + "weight"] = layer.weight_format.quantize(exact.to(weight.device))
+        rest[prefix + "weight"] = layer.weight_format.quantize(exact if weight.is_meta else exact.to(weight.device))
     mine = layer.master.of(exact) if exact.shape == shape else exact
     if assign or values.is_meta:
         layer.master = Shard(mine.detach().float().cpu().clone(), layer.master.start, layer.master.is_partial)

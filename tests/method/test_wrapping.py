@@ -467,6 +467,19 @@ def test_the_state_of_a_wrapped_model_holds_the_masters(base_dtype: Any, assign:
 
 
 @every_coarse
+@pytest.mark.parametrize("saved_dtype", [None, "nf4"])
+def test_a_model_without_values_takes_a_state(base_dtype: Any, saved_dtype: Any) -> None:
+    model, _ = coarse(saved_dtype)
+    with torch.device("meta"):
+        other = Toy()
+    inject_lora(other, replace(CONFIG, base_dtype=base_dtype))
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert_exact(other, exact(model))
+    assert other(torch.randn(2, 12)).isfinite().all()
+    torch.testing.assert_close(merge_lora(other).inner.weight, exact(model)["inner"], rtol=0, atol=0)
+
+
+@every_coarse
 def test_a_state_is_read_whatever_stores_the_weights(base_dtype: Any) -> None:
     model, _ = coarse(base_dtype)
     expected = exact(model)
