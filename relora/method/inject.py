@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from relora.method.lora import FACTORS, LoRAConfig, LoRALinear, lora_layers
@@ -146,6 +147,8 @@ def problems(model: nn.Module, config: LoRAConfig, *, unfit: Mapping[str, str] |
     if of_peft:
         where = of_peft[0] or type(model).__name__
         return [f"the model has adapters of PEFT ({where}): its merge_and_unload() gives the plain model to wrap"]
+    if torch.is_inference_mode_enabled() or any(parameter.is_inference() for parameter in model.parameters()):
+        return ["the model is wrapped, or was made, under torch.inference_mode: such tensors can never train"]
     colliding = colliding_names(model)
     found = [f"two tensors have one name, {name}: {', '.join(both)}" for name, both in colliding.items()]
     names = [name for name, _ in model.named_modules() if name]
@@ -155,9 +158,12 @@ def problems(model: nn.Module, config: LoRAConfig, *, unfit: Mapping[str, str] |
         found.append(f"modules_to_save = {unknown} matches no module; candidates: {', '.join(candidates)}")
     targets = find_targets(model, config, unfit=unfit)
     found += target_problems(config, linear_layers(model), targets)
+    weights = {name: cast(nn.Parameter, model.get_submodule(name).weight) for name in targets.names}
+    doubles = [name for name, weight in weights.items() if weight.dtype == torch.float64]
+    if doubles and config.base_dtype is not None:
+        found.append(f"base_dtype = {config.base_dtype} would round {doubles[0]}, which is float64, for good")
     if config.forward == "merged" and config.base_dtype is None:
         # Weights that come in a dtype in which the merged route would round updates away.
-        weights = {name: cast(nn.Parameter, model.get_submodule(name).weight) for name in targets.names}
         reasons = {name: merge_problem(None, weight.dtype, dropout=0) for name, weight in weights.items()}
         found += [f"forward = merged: {name}: {reason}" for name, reason in reasons.items() if reason is not None][:1]
     return found

@@ -245,6 +245,21 @@ def test_models_of_peft_and_its_config_are_refused() -> None:
     inject_lora(peft.get_peft_model(build("llama"), theirs).unload(), LoRAConfig(r=2))
 
 
+@pytest.mark.parametrize("base_dtype", ["float32", "nf4"])
+def test_a_weight_that_no_format_holds_is_refused(base_dtype: Any) -> None:
+    message = f"base_dtype = {base_dtype} would round inner, which is float64, for good"
+    assert_refused(toy().double(), replace(CONFIG, base_dtype=base_dtype), message)
+
+
+def test_tensors_that_cannot_train_are_refused() -> None:
+    model = toy()
+    with torch.inference_mode():
+        assert problems(model, CONFIG) == problems(Toy(), CONFIG) != []
+        made = Toy()
+    with pytest.raises(ValueError, match=r"under torch\.inference_mode: such tensors can never train"):
+        inject_lora(made, CONFIG)
+
+
 def test_candidates_of_a_list_are_named() -> None:
     model = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))})
     assert_refused(model, LoRAConfig(r=2, target_modules=["fc"]), "candidates: mlp.0, mlp.2$")
