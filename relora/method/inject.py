@@ -1,6 +1,6 @@
 """Put the factors into a model, and take them out again."""
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -27,6 +27,8 @@ from relora.method.targets import (
     modules_to_save,
     target_problems,
 )
+from relora.method.usage import ModelUsage, usage_in_source, watch_usage
+from relora.method.usage_watch import Pass
 
 
 def inject_lora(
@@ -36,7 +38,8 @@ def inject_lora(
     seed: int = 0,
     reinit: str | Reinit | None = "kaiming",
     draw_index: int = 0,
-    unfit: Mapping[str, str] | None = None,
+    example_loss: Pass | None = None,
+    usage: ModelUsage | None = None,
 ) -> ParameterReport:
     """Wrap the target layers of `model` in place, and freeze what `config` does not train.
 
@@ -48,7 +51,11 @@ def inject_lora(
         reinit: how the factors begin (`restart`). None: A as torch draws it and B = 0, for weights that have no values
             yet; `start_factors` writes them later. Nothing is written on the meta device.
         draw_index: which of several independent draws.
-        unfit: name -> reason, of layers that must not be wrapped: left out by "all-linear", refused if asked for.
+        example_loss: computes the loss of an example batch: `lambda model: model(**batch).loss`. The model is run once,
+            and is then as before. Layers that it bypasses, never calls or writes to are left out by "all-linear", and
+            refused if asked for; parameters without a gradient do not train. Without it only the source of the model's
+            classes is looked at.
+        usage: what is known of the model instead (`watch_usage`).
 
     Returns:
         A report of what is now wrapped, trained in full, frozen, and left out.
@@ -58,15 +65,18 @@ def inject_lora(
         ValueError: all `problems` of the model, a line each, or an unknown policy. The model is then as it was, as it
             is after any other error.
     """
-    found = problems(model, config, unfit=unfit)
+    if example_loss is not None and not problems(model, config, ModelUsage()):
+        usage = watch_usage(model, example_loss)
+    usage = usage_in_source(model) if usage is None else usage
+    found = problems(model, config, usage)
     policy = None if reinit is None else resolve_object("reinit", reinit, REINITS, Reinit)  # type: ignore[type-abstract]
     if found:
         raise ValueError("\n".join(found))
-    targets = find_targets(model, config, unfit=unfit)
+    targets = find_targets(model, config, unfit=usage.unfit)
     trained = {name: p.requires_grad for name, p in model.named_parameters()}
     store, started = TorchStore(), list[LoRALinear]()
     try:
-        _wrap(model, config, targets)
+        _wrap(model, config, targets, usage)
         layers = lora_layers(model)
         store.register(layers.values())
         for name, layer in layers.items():
@@ -83,13 +93,17 @@ def inject_lora(
     return parameter_report(model)
 
 
-def _wrap(model: nn.Module, config: LoRAConfig, targets: Targets) -> None:
+def _wrap(model: nn.Module, config: LoRAConfig, targets: Targets, usage: ModelUsage) -> None:
     """Put wrapped layers in the place of the plain ones, and freeze what does not train."""
-    saved = _saved_parameters(model, config, targets.names)
+    saved = _saved_parameters(model, config, targets.names) - usage.idle
+    if config.modules_to_save == "rest":
+        saved -= usage.frozen
     for name, parameter in named_parameters(model).items():
         parameter.requires_grad_(name in saved)
     for name in targets.names:
-        model.set_submodule(name, LoRALinear.from_linear(model.get_submodule(name), config))
+        # Code that asks for the dtype of a weight, to cast activations to it, must see that of the plain layer.
+        settings = replace(config, base_dtype=None) if name in usage.examined else config
+        model.set_submodule(name, LoRALinear.from_linear(model.get_submodule(name), settings))
     group_siblings(model)
     if config.keep_merged:
         attach_caches(lora_layers(model).values())
@@ -132,7 +146,7 @@ def _unwrap(model: nn.Module, merged: list[LoRALinear]) -> None:
     vars(model).pop(LEFT_OUT, None)
 
 
-def problems(model: nn.Module, config: LoRAConfig, *, unfit: Mapping[str, str] | None = None) -> list[str]:
+def problems(model: nn.Module, config: LoRAConfig, usage: ModelUsage | None = None) -> list[str]:
     """All reasons why `model` cannot be wrapped as `config` asks, a line each, with candidates for a wrong name.
 
     Raises:
@@ -156,7 +170,9 @@ def problems(model: nn.Module, config: LoRAConfig, *, unfit: Mapping[str, str] |
     if unknown:
         candidates = last_parts(name for name in names if not name.rpartition(".")[2].isdigit())
         found.append(f"modules_to_save = {unknown} matches no module; candidates: {', '.join(candidates)}")
-    targets = find_targets(model, config, unfit=unfit)
+    usage = usage or usage_in_source(model)
+    found += usage.problems()
+    targets = find_targets(model, config, unfit=usage.unfit)
     found += target_problems(config, linear_layers(model), targets)
     weights = {name: cast(nn.Parameter, model.get_submodule(name).weight) for name in targets.names}
     doubles = [name for name, weight in weights.items() if weight.dtype == torch.float64]

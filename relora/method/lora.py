@@ -5,7 +5,7 @@ B (d_out, r). The update is delta = scale * B @ A.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -294,6 +294,12 @@ _cached_route = lru_cache(maxsize=1024)(layer_route)
 def factor_names(model: nn.Module) -> set[str]:
     """Canonical names of the A and B of every wrapped layer."""
     return {f"{name}.{which}" for name in lora_layers(model) for which in FACTORS}
+
+
+def wrapped_names(names: Iterable[str]) -> set[str]:
+    """The wrapped layers of a model with parameters of these names, such as those of a checkpoint."""
+    ending = f".{FACTORS[0]}"
+    return {name.removesuffix(ending) for name in names if name.endswith(ending)}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

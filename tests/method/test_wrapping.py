@@ -24,6 +24,7 @@ from relora.method.lora import LoRALinear, lora_layers
 from relora.method.names import named_parameters
 from relora.method.optimizer import parameter_groups
 from relora.method.reinit import DrawKey, LayerView, Reinit
+from relora.method.usage import ModelUsage
 from tests.helpers.architectures import build
 from tests.helpers.toy import CONFIG, Toy, toy, trained, update
 
@@ -214,10 +215,10 @@ def test_a_narrow_layer_does_not_keep_others_from_being_wrapped() -> None:
 def test_a_caller_can_leave_layers_out() -> None:
     unfit = {"body": "is never called"}
     model = Narrow()
-    report = inject_lora(model, LoRAConfig(r=1), unfit=unfit)
+    report = inject_lora(model, LoRAConfig(r=1), usage=ModelUsage(unfit=unfit))
     assert (set(report.wrapped_layers), report.left_out) == ({"gate"}, unfit)
     named = LoRAConfig(r=1, target_modules=["body"])
-    assert problems(Narrow(), named, unfit=unfit) == ["target_modules: body is never called"]
+    assert problems(Narrow(), named, ModelUsage(unfit=unfit)) == ["target_modules: body is never called"]
 
 
 class Colliding(nn.Module):
