@@ -14,10 +14,11 @@ from relora.config import Config, UserError
 from relora.config.derived import lora_config
 from relora.engines import Engine
 from relora.method.inject import inject_lora, merge_lora
-from relora.method.lora import factor_names
+from relora.method.lora import factor_names, wrapped_names
 from relora.method.names import canonical, named_parameters
 from relora.method.store import Store, TorchStore
 from relora.method.targets import modules_in_full, task_heads
+from relora.method.usage import ModelUsage, usage_of_wrapped
 from relora.model.model import build_model, empty_model, skeleton
 from relora.model.tasks import Task
 
@@ -74,7 +75,9 @@ def _merged(state: State, config: Config, hf_config: PretrainedConfig, task: Tas
     """The plain model of one state."""
     model = empty_model(config.model, hf_config, task)
     if state.stage == "low_rank":
-        inject_lora(model, replace(lora_config(config), base_dtype=None))  # a checkpoint holds the exact weights
+        # A checkpoint says which layers are wrapped, and holds the exact weights.
+        usage = ModelUsage(unfit=usage_of_wrapped(model, wrapped_names(state.weights.names)))
+        inject_lora(model, replace(lora_config(config), base_dtype=None), usage=usage)
     load_weights(model, state.weights, TorchStore())
     if state.stage == "low_rank":
         merge_lora(model)

@@ -77,6 +77,8 @@ class Engine(ABC):
         num_states: number of processes that train parameters of their own; 1 if all train the same.
         splits_masters: whether the exact masters of coarsely stored weights (bf16, int8, nf4) are sharded.
         reduces_gradients: whether processes exchange the gradients of an update.
+        some_gradients_missing: whether a batch may leave some trained parameters without a gradient (experts). Set
+            before `prepare`.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Engine(ABC):
     num_states = 1
     splits_masters = True
     reduces_gradients = True
+    some_gradients_missing = False
 
     def __init__(self, world: World, task: Task, *, mixed_precision: str, max_grad_norm: float | None) -> None:
         self.world, self.task = world, task

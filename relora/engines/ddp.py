@@ -59,6 +59,7 @@ class DDPEngine(OneProcessEngine):
             forward_sync_buffers=False,
             # Nor are the weights sent now: they are written afterwards, the same on every process.
             init_sync=False,
+            find_unused_parameters=self.some_gradients_missing,
         )
 
     def gradient_sync(self, state: TrainState, *, is_last: bool) -> AbstractContextManager[None]:
