@@ -10,10 +10,11 @@ from relora.method.lora import LoRAConfig, LoRALinear, is_linear, lora_layers
 from relora.method.merge import merge_layer
 from relora.method.merged_cache import attach_caches
 from relora.method.names import canonical, named_parameters, tied_names
+from relora.method.new_factors import start_layer
 from relora.method.parameter_report import ParameterReport, parameter_report
 from relora.method.registry import resolve_object
 from relora.method.reinit import REINITS, DrawKey, Reinit
-from relora.method.restart import check_layers, start_layer
+from relora.method.restart import check_finite, check_layers
 from relora.method.routes import merge_problem
 from relora.method.siblings import group_siblings
 from relora.method.store import TorchStore
@@ -74,7 +75,8 @@ def merge_lora(model: nn.Module) -> nn.Module:
         `model`, as it was before `inject_lora`, trained. Which parameters require gradients is left as it is.
 
     Raises:
-        ValueError: the model has no LoRA layers, or its parameters are sharded. It is then as it was.
+        ValueError: the model has no LoRA layers, its parameters are sharded, or its factors are not finite. It is then
+            as it was.
     """
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
     if not layers:
@@ -84,6 +86,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     check_layers(layers, store)
     for parameter in model.parameters():
         store.check(parameter)
+    check_finite(layers, store)
     for name, layer in layers.items():
         merge_layer(layer, store)
         model.set_submodule(name, layer.to_linear())

@@ -44,6 +44,31 @@ def lion(groups: Groups, settings: dict[str, Any]) -> Optimizer:
     return Lion(groups, lr=settings["lr"], betas=settings["betas"])
 
 
+class Prodigy(Optimizer):
+    """After arXiv 2306.06101: one estimate d of the distance to the solution, for all parameters together."""
+
+    def __init__(self, groups: Groups, lr: float) -> None:
+        super().__init__(groups, {"lr": lr, "d": 1e-6, "d_numerator": 0.0, "d_denominator": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = closure() if closure is not None else None
+        d = self.param_groups[0]["d"]
+        numerator, denominator = (self.param_groups[0][name] for name in ("d_numerator", "d_denominator"))
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state.update(p0=parameter.clone(), s=torch.zeros_like(parameter))
+                numerator += d * float((parameter.grad * (state["p0"] - parameter)).sum())
+                state["s"].add_(parameter.grad, alpha=d)
+                denominator += float(state["s"].abs().sum())
+                parameter.sub_(parameter.grad, alpha=group["lr"] * d)
+        for group in self.param_groups:
+            group.update(d=max(d, numerator / denominator), d_numerator=numerator, d_denominator=denominator)
+        return loss
+
+
 def nadam(groups: Groups, settings: dict[str, Any]) -> Optimizer:
     """Beside moments and a step count it keeps mu_product, which begins at 1."""
     return NAdam(groups, **settings)
@@ -53,7 +78,7 @@ nadam_kind = OptimizerKind(nadam, scalars={"step": 0, "mu_product": 1})
 
 
 def adafactor(groups: Groups, settings: dict[str, Any]) -> Optimizer:
-    """Its second moment is a row and a column, which no reset of moments knows."""
+    """Its second moment is a row and a column, which cannot be pruned."""
     return torch.optim.Adafactor(groups, lr=settings["lr"])
 
 
