@@ -15,10 +15,15 @@ def sample_text(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    together: bool = False,
 ) -> str:
     """Continue `prompt` by up to `max_new_tokens`; greedily at temperature 0, else drawn from `seed`.
 
     The text never exceeds the positions of the model: a longer prompt loses its beginning, and generation stops there.
+
+    Args:
+        together: every process calls this at once, and goes on with forward passes until all have finished. Where a
+            forward pass gathers parameters, one that ended early would leave the others waiting.
     """
     ids: Any = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     if ids.shape[1] == 0:
@@ -38,6 +43,8 @@ def sample_text(
     was_training = model.training
     model.eval()
     torch.manual_seed(seed)
-    written: Any = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    written: Any = model.generate(
+        ids, attention_mask=torch.ones_like(ids), generation_config=settings, synced_gpus=together
+    )
     model.train(was_training)
     return str(tokenizer.decode(written[0], skip_special_tokens=True))

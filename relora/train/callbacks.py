@@ -169,7 +169,13 @@ class Callbacks:
         for number, prompt in enumerate(tokenizer.batch_decode(ids, skip_special_tokens=True)):
             with self.engine.inference(self.state):
                 text = sample_text(
-                    self.state.model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=number
+                    self.state.model,
+                    tokenizer,
+                    prompt,
+                    max_new_tokens=SAMPLE_TOKENS,
+                    temperature=0.8,
+                    seed=number,
+                    together=self.engine.world.num_processes > 1,
                 )
             self.tracker.text(f"sample/{number}", text, step)
 
