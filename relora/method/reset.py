@@ -3,6 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -124,6 +125,16 @@ def plan_resets(
     return plans
 
 
+def problems_before_training(
+    optimizer: Optimizer, factors: Mapping[str, nn.Parameter], reset: Reset, store: Store
+) -> list[str]:
+    """As `state_problems`, as far as they can be known before there is any state."""
+    if isinstance(reset, Keep):
+        return []
+    rules = {name: replace(rule, is_missing=False) for name, rule in find_rules(optimizer, factors, store).items()}
+    return state_problems(optimizer, factors, rules, reset, store)
+
+
 def state_problems(
     optimizer: Optimizer,
     factors: Mapping[str, nn.Parameter],
@@ -166,9 +177,8 @@ def _reason(
     if found.problem is not None:
         return found.problem
     if not isinstance(reset, Zero):
-        slots = store.slots(optimizer, factor) if found.rule is not None else store.state(optimizer, factor)
-        initial = found.rule.initial if found.rule is not None else dict.fromkeys(slots)
-        others = sorted(name for name in slots if name in initial and initial[name] != PARAMETER)
+        initial = found.rule.initial if found.rule is not None else dict.fromkeys(found.entries, 0.0)
+        others = sorted(name for name in found.entries if initial.get(name, PARAMETER) != PARAMETER)
         if others:
             return f"keeps state that only optimizer_reset = zero can clear, as it is no moment ({', '.join(others)})"
     if not reset.clears_step:

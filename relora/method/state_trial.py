@@ -22,18 +22,24 @@ NUM_UPDATES = 3
 _REPLACED = ("state", "param_groups", "defaults")
 
 
+# What there is to know of an entry without its values: only the dtype of a tensor of the parameter's shape.
+Entry = torch.dtype | Slot | type
+
+
 @dataclass(frozen=True)
 class Trial:
     """What has been found of the state of one parameter.
 
     Attributes:
         entries: the entries that the optimizer makes, as `layout_of` describes them.
+        counters: numbers that it counts beside the state of a parameter; a problem as well.
         zeros: used state that is all 0 is as good as none.
         problem: why dropping the state does not make the parameter new to the optimizer; None if it does.
     """
 
-    entries: Mapping[str, Slot | type] = field(default_factory=dict)
+    entries: Mapping[str, Entry] = field(default_factory=dict)
     zeros: bool = False
+    counters: tuple[str, ...] = ()
     problem: str | None = None
 
 
@@ -56,7 +62,8 @@ def try_state(optimizer: Optimizer, options: Mapping[str, Any], like: Tensor) ->
             expected = new.train()
             counters = [name for name, value in new.counters().items() if not _equal(begins.get(name), value)]
             if counters:
-                return Trial(problem=f"it counts updates beside the state of a parameter ({', '.join(counters)})")
+                problem = f"it counts updates beside the state of a parameter ({', '.join(counters)})"
+                return Trial(counters=tuple(counters), problem=problem)
             dropped.train()
             dropped.state.clear()
             outcome = dropped.train()
@@ -67,13 +74,18 @@ def try_state(optimizer: Optimizer, options: Mapping[str, Any], like: Tensor) ->
         return Trial(problem=f"it cannot be tried on a parameter of its own ({type(error).__name__}: {error})")
     if not _equal(outcome, expected):
         return Trial(problem="a parameter whose state is dropped is not to it as a new one")
-    return Trial(layout_of(expected[1]), zeros)
+    return Trial(layout_of(expected[1], like.shape), zeros)
 
 
-def layout_of(state: Mapping[str, Any]) -> dict[str, Slot | type]:
-    """The entries of a state of one parameter: shape and dtype of a tensor, the type of anything else."""
-    entries = {name: value for name, value in state.items() if value is not None}
-    return {name: Slot.of(value) if isinstance(value, Tensor) else type(value) for name, value in entries.items()}
+def layout_of(state: Mapping[str, Any], shape: torch.Size) -> dict[str, Entry]:
+    """The entries of the state of a parameter of this shape."""
+    layout: dict[str, Entry] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            layout[name] = value.dtype if value.shape == shape else Slot.of(value)
+        elif value is not None:
+            layout[name] = type(value)
+    return layout
 
 
 class _Rehearsal:

@@ -124,7 +124,7 @@ def test_integer_moments_without_a_rule_are_named() -> None:
     model, built = trained("lion")
     parameter = model.conv.lora_A
     built.state[parameter]["exp_avg"] = built.state[parameter]["exp_avg"].to(torch.int8)
-    with pytest.raises(ValueError, match=r"1 of 6 .* conv\.lora_A: exp_avg \(3, 20\) torch\.int8"):
+    with pytest.raises(ValueError, match=r"1 of 6 .* conv\.lora_A: exp_avg\. "):
         restart(model, built, seed=0, index=1)
 
 
