@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from relora.checkpoint.load import open_checkpoint, open_states
 from relora.config import UserError, check
@@ -121,6 +122,19 @@ def test_the_share_of_a_rank_is_its_own(run: Path) -> None:
     moments = [state.moments[name]["exp_avg"] for state in shares]
     assert shares[0].weights.names == shares[1].weights.names
     assert not torch.equal(*moments)
+
+
+def test_velocity_and_anchors_of_a_resume_go_where_the_delta_is() -> None:
+    # A fake tensor has a device, and refuses to be mixed with those of another.
+    with FakeTensorMode():
+        host, device = torch.zeros(3), torch.zeros(3, device="cuda")
+        outer = OuterOptimizer(0.7, 0.9)
+        for name, loaded, computed in (("W", device, host), ("norm", host, device)):
+            outer.load(f"velocity/{name}", loaded)
+            outer.load(f"anchor/{name}", loaded)
+            assert outer.step(name, computed).device == computed.device
+            assert outer.velocity[name].device == computed.device
+            assert outer.combine(name, computed).device == computed.device
 
 
 def test_nesterov_is_torchs() -> None:

@@ -1,7 +1,8 @@
 """Optimizers and policies as a user of the package would write them, named in a configuration by `module:attribute`."""
 
+import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,19 @@ nadam_kind = OptimizerKind(nadam, scalars={"step": 0, "mu_product": 1})
 def adafactor(groups: Groups, settings: dict[str, Any]) -> Optimizer:
     """Its second moment is a row and a column, which cannot be pruned."""
     return torch.optim.Adafactor(groups, lr=settings["lr"])
+
+
+def ademamix_8bit(groups: Groups, settings: dict[str, Any]) -> Optimizer:
+    """bitsandbytes' AdEMAMix: two first moments in one tensor, whose zeros are not at index 0."""
+    optimizer: Optimizer = importlib.import_module("bitsandbytes.optim").AdEMAMix8bit(groups, lr=settings["lr"])
+    return optimizer
+
+
+def averaged(groups: Groups, settings: dict[str, Any]) -> Optimizer:
+    """Schedule-free AdamW: counts updates in its groups."""
+    optimizer: Any = importlib.import_module("schedulefree").AdamWScheduleFree(groups, lr=settings["lr"])
+    optimizer.train()
+    return cast(Optimizer, optimizer)
 
 
 def of_half(groups: Groups, settings: dict[str, Any]) -> Optimizer:
