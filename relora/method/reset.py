@@ -180,7 +180,10 @@ def _reason(
         initial = found.rule.initial if found.rule is not None else dict.fromkeys(found.entries, 0.0)
         others = sorted(name for name in found.entries if initial.get(name, PARAMETER) != PARAMETER)
         if others:
-            return f"keeps state that only optimizer_reset = zero can clear, as it is no moment ({', '.join(others)})"
+            listed = ", ".join(others)
+            return (
+                f"keeps state that only optimizer_reset = zero can clear, as pruned entries are no new ones ({listed})"
+            )
     if not reset.clears_step:
         return None
     members, stepped = {id(member) for member in factors.values()}, store.stepped(optimizer, factor)

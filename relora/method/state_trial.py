@@ -96,7 +96,7 @@ class _Rehearsal:
     """
 
     def __init__(self, optimizer: Optimizer, options: Mapping[str, Any], like: Tensor) -> None:
-        self._start = torch.linspace(-1, 1, like.numel(), dtype=like.dtype, device=like.device).view(like.shape)
+        self._start = torch.linspace(-1, 1.07, like.numel(), dtype=like.dtype, device=like.device).view(like.shape)
         self._parameter = nn.Parameter(self._start.clone())
         self._copy: Any = object.__new__(type(optimizer))
         for name, value in vars(optimizer).items():
@@ -115,6 +115,9 @@ class _Rehearsal:
     def train(self) -> tuple[list[Tensor], dict[str, Any]]:
         """A few updates from the first values on: the values after each, and the state after the last."""
         self._parameter.copy_(self._start)
+        torch.default_generator.manual_seed(0)  # an optimizer may round at random
+        if self._start.is_cuda:
+            torch.cuda.default_generators[self._start.device.index].manual_seed(0)
         values = []
         for number in range(1, NUM_UPDATES + 1):
             self._parameter.grad = (self._start * 37 * number).sin()  # of both signs, of different sizes, none zero

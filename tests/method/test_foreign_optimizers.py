@@ -208,9 +208,9 @@ class Total(Optimizer):
         (
             of(optim.Adafactor),
             "magnitude",
-            r"Adafactor .* as it is no moment \(col_var, row_var\), for 4 of 4 .* 0\.lora_A",
+            r"Adafactor .* pruned entries are no new ones \(col_var, row_var\), for 4 of 4 .* 0\.lora_A",
         ),
-        (of(optim.ASGD), "random", r"ASGD .* as it is no moment \(ax, eta, mu, step\)"),
+        (of(optim.ASGD), "random", r"ASGD .* pruned entries are no new ones \(ax, eta, mu, step\)"),
         (of(optim.Rprop), "magnitude", r"only optimizer_reset = zero can clear"),
     ],
 )
@@ -271,6 +271,28 @@ class Delegating(Optimizer):
     @property
     def param_groups(self) -> Any:
         return self.optimizer.param_groups
+
+
+class Noisy(Optimizer):
+    """Adds noise to what it takes, as one that rounds at random does."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float) -> None:
+        super().__init__(groups, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # noqa: ARG002
+        for p in (p for group in self.param_groups for p in group["params"]):
+            state = self.state[p]
+            state["exp_avg"] = state.get("exp_avg", torch.zeros_like(p)).lerp(p.grad, 0.1)
+            p.sub_(state["exp_avg"] + 1e-3 * torch.randn_like(p), alpha=1e-2)
+
+
+def test_an_optimizer_that_draws_at_random_is_no_other_one_for_that() -> None:
+    model, optimizer = trained(of(Noisy))
+    before = torch.get_rng_state()
+    assert restart(model, optimizer, seed=0, index=1).optimizer_zeroed_fraction == 1
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not any(optimizer.state[p]["exp_avg"].any() for p in factors(model).values())
 
 
 def test_an_optimizer_behind_a_wrapper_is_known_by_its_own_class() -> None:
