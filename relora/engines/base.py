@@ -76,6 +76,8 @@ class Engine(ABC):
         num_states: number of processes that train parameters of their own; 1 if all train the same.
         splits_masters: whether the exact masters of coarsely stored weights (bf16, int8, nf4) are sharded.
         reduces_gradients: whether processes exchange the gradients of an update.
+        counted_update: the first update of a process that sends as much as all later ones. Not the second under DDP,
+            which then sends the order of its buckets.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Engine(ABC):
     num_states = 1
     splits_masters = True
     reduces_gradients = True
+    counted_update = 1
 
     def __init__(self, world: World, task: Task, *, mixed_precision: str, max_grad_norm: float | None) -> None:
         self.world, self.task = world, task
@@ -277,6 +280,7 @@ class Engine(ABC):
 
     def compile(self, state: TrainState) -> None:
         """Compile the model with torch.compile."""
+        self.counted_update = 3  # counting hinders the compilation, which the first updates bring
         compile_in_place(state.model)
 
     def release(self, state: TrainState) -> None:

@@ -169,6 +169,7 @@ class FSDP2Engine(Engine):
 
     def compile(self, state: TrainState) -> None:
         """Compile each unit separately, because FSDP's gather hooks run between them; without units, the model."""
+        self.counted_update = 3
         for unit in self._units or [state.model]:
             compile_in_place(unit)
 
