@@ -44,7 +44,7 @@ class DeepSpeedEngine(Engine):
         self.name = f"DeepSpeed ZeRO-{self.zero_stage} ({world.backend})"
         self.store: ZeroStore = ZeroStore(world.device)
         if self.zero_stage == 3:
-            self.counted_update = 2  # in the first it learns the order of the modules, and gathers more often
+            self.counted_update = 3  # before, it learns the order of the modules, and gathers more often
 
     @classmethod
     def from_config(cls, config: Config, world: World, task: Task) -> "DeepSpeedEngine":

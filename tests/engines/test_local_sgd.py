@@ -16,7 +16,7 @@ from relora.engines.local_sgd import OuterOptimizer
 from relora.train.train import train
 from tests.checkpoint.test_resume import stopped
 from tests.helpers.launch import accelerate, written
-from tests.helpers.tiny import metrics, only, settings, settings_of
+from tests.helpers.tiny import all_metrics, metrics, only, settings, settings_of
 
 R, EVERY, END = 4, 6, 18
 
@@ -90,6 +90,8 @@ def test_goes_on_exactly_between_two_meetings(run: Path, tmp_path: Path) -> None
     ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (run, tmp_path / "again"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert only(metrics(tmp_path / "again"), "loss") == only(metrics(run), "loss")
+    sent = [[(line["step"], line.get("bytes_sent")) for line in all_metrics(of)] for of in (tmp_path / "again", run)]
+    assert sent[0] == sent[1], "the lines right after a resume too"
 
 
 def test_another_number_of_processes_goes_on_from_a_meeting_only(run: Path, tmp_path: Path) -> None:
