@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from relora.data.tokenizer import begins_with_bos
+
 
 @torch.no_grad()
 def sample_text(
@@ -20,9 +22,10 @@ def sample_text(
 
     The text never exceeds the positions of the model: a longer prompt loses its beginning, and generation stops there.
     """
-    ids: Any = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    if ids.shape[1] == 0:
-        ids = torch.tensor([[tokenizer.eos_token_id]], device=model.device)
+    # As a document of the training data begins, and not ended, as some templates end a text.
+    begin = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
+    prompt_ids = begin + tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = torch.tensor([prompt_ids or [tokenizer.eos_token_id]], device=model.device)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None:
         ids = ids[:, -(limit - 1) :]
