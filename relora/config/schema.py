@@ -53,8 +53,8 @@ class ModelSection(Section):
 
 class SourceSection(Section):
     path: Name = Field(
-        description="hub id, folder, file or glob (parquet, json, jsonl, text, csv; .gz too), python-stdlib, "
-        "or module:attribute of a `relora.data.sources.Source`"
+        description="hub id, folder, file or glob (parquet, arrow, json, jsonl, csv, tsv, text; compressed too), "
+        "python-stdlib, or module:attribute of a `relora.data.sources.Source`"
     )
     name: Name | None = Field(None, description="configuration of a hub dataset")
     split: Name = Field("train", description="split of the dataset, as in datasets.load_dataset")

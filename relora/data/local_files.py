@@ -29,8 +29,10 @@ READERS = {  # file extension -> reader
     ".arrow": "arrow",
 }
 # Text as well, but what lies beside files of the kinds above in a folder is about them: a README, a licence, a script.
-MORE_TEXT = (".md", ".rst", ".html", ".htm", ".tex", ".log", ".py", ".c", ".h", ".cpp", ".java", ".js", ".ts", ".go")
-MORE_TEXT += (".rs", ".sh")
+MORE_TEXT = (
+    *(".md", ".rst", ".html", ".htm", ".tex", ".log"),
+    *(".py", ".c", ".h", ".cpp", ".java", ".js", ".ts", ".go", ".rs", ".sh"),
+)
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 UNCOMPRESSED = ("parquet", "arrow")
 KNOWN_EXTENSIONS = (

@@ -1,12 +1,16 @@
 """Readers of local files: those of `datasets`, of which one column is read, and the file and line that fails."""
 
+import bz2
 import glob
+import gzip
+import io
 import json
+import lzma
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
-import fsspec
 import pyarrow as pa
 from datasets import ArrowBasedBuilder, Dataset, Features
 from datasets.packaged_modules.arrow.arrow import Arrow
@@ -18,7 +22,7 @@ from datasets.packaged_modules.text.text import Text
 LINES = (".jsonl", ".ndjson")
 
 
-class OneColumn(ArrowBasedBuilder):
+class OneColumn(ArrowBasedBuilder):  # type: ignore[misc]  # datasets has no types
     """A reader of `datasets` that leaves out every column but one, in which files need not agree."""
 
     column: str
@@ -42,23 +46,23 @@ class OneColumn(ArrowBasedBuilder):
         return super()._cast_table(pa_table, **keys)
 
 
-class OneColumnOfJson(OneColumn, Json):
+class OneColumnOfJson(OneColumn, Json):  # type: ignore[misc]  # datasets has no types
     pass
 
 
-class OneColumnOfCsv(OneColumn, Csv):
+class OneColumnOfCsv(OneColumn, Csv):  # type: ignore[misc]  # datasets has no types
     pass
 
 
-class OneColumnOfParquet(OneColumn, Parquet):
+class OneColumnOfParquet(OneColumn, Parquet):  # type: ignore[misc]  # datasets has no types
     pass
 
 
-class OneColumnOfArrow(OneColumn, Arrow):
+class OneColumnOfArrow(OneColumn, Arrow):  # type: ignore[misc]  # datasets has no types
     pass
 
 
-class OneColumnOfText(OneColumn, Text):
+class OneColumnOfText(OneColumn, Text):  # type: ignore[misc]  # datasets has no types
     pass
 
 
@@ -119,7 +123,7 @@ def first_faulty_line(path: Path) -> str | None:
     """The first line of a text file that is not UTF-8, or that is no JSON in a file of JSON lines."""
     is_lines = any(suffix in LINES for suffix in path.suffixes)
     try:
-        with fsspec.open(path, "rb", compression="infer") as file:
+        with uncompressed(path) as file:
             for number, line in enumerate(file, start=1):
                 try:
                     text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -130,6 +134,15 @@ def first_faulty_line(path: Path) -> str | None:
                     return f"{path}, line {number}: byte 0x{byte:02x} at column {error.start + 1} is not UTF-8"
                 except ValueError as error:
                     return f"{path}, line {number}: {error}"
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         return f"{path}: {error}"
     return None
+
+
+def uncompressed(path: Path) -> BinaryIO:
+    """The bytes of a file, without its compression."""
+    if path.suffix == ".zst":
+        return cast("BinaryIO", io.BufferedReader(pa.input_stream(str(path), compression="zstd")))
+    openers: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+    opener = openers.get(path.suffix)
+    return cast("BinaryIO", path.open("rb") if opener is None else opener(path, "rb"))

@@ -21,7 +21,6 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
-from multiprocess.pool import RemoteTraceback
 
 from relora.config.schema import DataSection, SourceSection
 from relora.data.local_files import files_identity, find_files, is_local, split_names
@@ -128,15 +127,13 @@ class LocalFilesSource(Source):
         }
         column = TEXT if files.reader == "text" else text_field
         processes = min(num_proc, *map(len, wanted.values()))
-        # `datasets` knows a file by its name and time of change: in a folder of this content it can find no other.
-        content = sha256_of_json([self.identity(), column])[:20]
         try:
             loaded = read_files(
                 files.reader,
                 wanted,
                 split=self.section.split,
                 column=column,
-                cache=Path(datasets.config.HF_DATASETS_CACHE) / "relora" / content,
+                cache=cache_of({**self.identity(), "column": column}),
                 num_proc=processes if processes > 1 else None,
             )
         except READING_ERRORS as error:
@@ -155,9 +152,9 @@ class HubSource(Source):
         self.path = str(Path(section.path).expanduser()) if self.is_folder else section.path
 
     def identity(self) -> dict[str, Any]:
-        # The builder knows its configuration and the commit (hash) without loading the data.
+        # The builder knows its configuration and the commit (hash) without loading; of a folder, times of change.
         builder = self._ask(datasets.load_dataset_builder)
-        return {
+        return self._content | {
             "path": self.section.path,
             "split": self.section.split,
             "config": builder.config_id,
@@ -168,9 +165,19 @@ class HubSource(Source):
         loaded = self._ask(datasets.load_dataset, split=self.section.split, num_proc=num_proc)
         return text_column(loaded, text_field)
 
+    @cached_property
+    def _content(self) -> dict[str, Any]:
+        """What a local folder holds; nothing for a dataset of the hub. Raises OSError if a file cannot be read."""
+        if not self.is_folder:
+            return {}
+        folder = Path(self.path).absolute()
+        return files_identity([path for path in sorted(folder.rglob("*")) if path.is_file()], folder)
+
     def _ask(self, function: Callable[..., Any], **keys: Any) -> Any:
         """Call a loader of `datasets` for this source; ValueError with the reason if it fails."""
         try:
+            if self.is_folder:
+                keys["cache_dir"] = str(cache_of(self._content))
             return function(self.path, self.section.name, revision=self.section.revision, **keys)
         except READING_ERRORS as error:
             where = "" if self.is_folder else "no such file or folder here, and the hub gave no such dataset: "
@@ -263,9 +270,17 @@ def text_column(loaded: Dataset, column: str) -> Dataset:
     return texts if column == TEXT else texts.rename_column(column, TEXT)
 
 
+def cache_of(content: dict[str, Any]) -> Path:
+    """A folder for what `datasets` makes of files of this content.
+
+    It knows a file by its name and time of change, and would take what it made of another one; here it finds no other.
+    """
+    return Path(datasets.config.HF_DATASETS_CACHE) / "relora" / sha256_of_json(content)[:20]
+
+
 def root_cause(error: BaseException) -> str:
     """The type and the first line of the error that all the others wrap, in another process too."""
-    while error.__cause__ is not None and not isinstance(error.__cause__, RemoteTraceback):
+    while error.__cause__ is not None and type(error.__cause__).__name__ != "RemoteTraceback":
         error = error.__cause__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -236,6 +236,32 @@ def test_too_little_data_says_how_much_there_is(tmp_path, write, config, prepare
         prepared.samples(data, 0)
 
 
+def test_one_long_text_is_held_out_in_part(tmp_path, documents, write, config, prepared_of):
+    """Held out by whole documents alone it would be all in or all out; the advice of the message works."""
+    texts = "\n".join(documents(60))
+    data = config(write(tmp_path / "book.txt", [texts]))
+    (line,) = amount_problems(prepared_of(data), data)
+    assert (
+        "0 held-out tokens in 0 documents" in line
+        and "cut long texts into documents (data.document_characters)" in line
+    )
+    data = data.model_copy(update={"document_characters": 200})
+    prepared = prepared_of(data)
+    assert not amount_problems(prepared, data)
+    train, held_out = decoded(prepared)
+    assert len(held_out) > 3 and max(map(len, train + held_out)) <= 200
+    assert sum(map(len, train + held_out)) == len(texts) and all(section in texts for section in train + held_out)
+    assert not any(is_held_out(section, 0.2) for section in train)
+    assert prepared.manifest.sources[0].skipped_empty == 0
+
+
+def test_a_tokenizer_trained_then_and_given_now_is_the_same(tmp_path, documents, write, config, prepared_of):
+    """As an evaluation of a run gives the tokenizer that the run trained."""
+    data = config(write(tmp_path / "a.jsonl", documents(30)), prepared_dir=str(tmp_path / "out"))
+    first = prepared_of(data)
+    assert prepare(data, vocab_size=300, tokenizer=str(first.folder / "tokenizer"), quiet=True) == first
+
+
 def test_the_default_source_needs_nothing(config, prepared_of, monkeypatch):
     """A piece of the standard library, for speed."""
     few = StdlibSource(config("python-stdlib").sources[0]).files[:30]

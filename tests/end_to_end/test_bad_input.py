@@ -691,7 +691,7 @@ def test_run_folder_in_use(home: Path, fails: Fails) -> None:
 def test_data_changed_under_a_run(home: Path, fails: Fails) -> None:
     with (home / "text.jsonl").open("a") as file:
         file.write('{"text": "one more document"}\n')
-    line = "output_dir = run: was trained on data of hash <...>, these have <...>; the sources have changed"
+    line = "output_dir = run: was trained on data of hash <...>, these have <...>; the sources have changed<...>"
     fails(["train", "c.yaml", "output_dir=run"], [line])
 
 
