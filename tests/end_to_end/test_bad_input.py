@@ -119,7 +119,7 @@ def write_tokenizers(home: Path) -> None:
         shutil.copytree(home / "run" / "tokenizer", home / name)
     path = home / "large_tokenizer" / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
-    tokenizer["added_tokens"] += [dict(tokenizer["added_tokens"][0], id=300, content="e", special=False)]
+    tokenizer["added_tokens"] += [dict(tokenizer["added_tokens"][0], id=300, content="low high", special=False)]
     path.write_text(json.dumps(tokenizer))
     path = home / "no_eos" / "tokenizer_config.json"
     path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
@@ -520,8 +520,8 @@ DATA = {
     "vocabulary smaller than the tokenizer's": Case(
         ["data.tokenizer=large_tokenizer"],
         [
-            "data.sources[0].path = <...>: text in it becomes the token 'e' of id 300; the model has embeddings for "
-            "the ids below vocab_size = 300: raise model.config.vocab_size to 301, <...>"
+            "data.sources[0].path = <...>: text in it becomes the token 'low high' of id 300; the model has "
+            "embeddings for the ids below vocab_size = 300: raise model.config.vocab_size to 301, <...>"
         ],
     ),
     "vocabulary too small to train a tokenizer": Case(
