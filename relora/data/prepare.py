@@ -17,6 +17,7 @@ from relora.data.cache_key import CacheKey, cache_key_of, folder_of
 from relora.data.content import usable_cores
 from relora.data.dataset import TOKENIZER_FOLDER, PreparedData, open_prepared
 from relora.data.manifest import FORMAT_VERSION, MANIFEST, Manifest, SourceRecord, hash_of_json
+from relora.data.mixture import Mixture
 from relora.data.prepared_folder import UNFINISHED, complete, lock_of, read_unfinished, write_unfinished
 from relora.data.sources import TEXT, Source, find_sources, load_sources
 from relora.data.tokenize import (
@@ -89,8 +90,8 @@ def prepare(
                 write_prepared(wanted, quiet=quiet)
                 prepared = open_prepared(wanted.folder)
     raise_if_any(vocabulary_problems(wanted, prepared))
-    if not quiet:
-        warn_of_few_held_out(prepared)
+    for remark in remarks(prepared, data) if not quiet else []:
+        logger.warning(remark)
     return prepared
 
 
@@ -122,15 +123,22 @@ def vocabulary_problems(wanted: Preparation, prepared: PreparedData) -> list[str
     return [f"prepared data in {prepared.folder}: hold the token id {largest}; {remedy}"]
 
 
-def warn_of_few_held_out(prepared: PreparedData) -> None:
-    """Say so where the held-out loss would be that of a handful of documents."""
+def remarks(prepared: PreparedData, data: DataSection) -> list[str]:
+    """What is no mistake, but what somebody who reads the results should know."""
+    found = []
     documents = sum(record.documents for record in prepared.records("eval"))
     if 0 < documents < FEW_DOCUMENTS:  # without any, nothing can be trained
-        logger.warning(
-            "only %d documents are held out, and the held-out loss is theirs alone; data.eval_fraction holds out more, "
-            "data.document_characters cuts long texts into several documents",
-            documents,
+        found.append(
+            f"only {documents} documents are held out, and the held-out loss is theirs alone; data.eval_fraction holds "
+            "out more, data.document_characters cuts long texts into several documents"
         )
+    mixture = Mixture.of(tuple(source.weight for source in data.sources))
+    if mixture.bound > 1:
+        found.append(
+            f"the weights of data.sources have no common unit: the samples of a source may be off its share by "
+            f"{mixture.bound:.2f} samples; weights that are multiples of one unit, such as 0.001, keep it under one"
+        )
+    return found
 
 
 def write_prepared(wanted: Preparation, *, quiet: bool) -> None:

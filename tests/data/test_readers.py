@@ -164,3 +164,13 @@ def test_few_held_out_documents_are_said(tmp_path, documents, write, config, cap
     caplog.clear()
     prepare(data.model_copy(update={"eval_fraction": 0.6}), vocab_size=300, tokenizer=None)
     assert "held out" not in caplog.text
+
+
+def test_quotas_that_may_be_off_by_more_than_a_sample_are_said(tmp_path, documents, write, config, caplog):
+    paths = [write(tmp_path / f"{number}.jsonl", documents(30, seed=number)) for number in range(12)]
+    uneven = config(*({"path": path, "weight": 1.7**k + 1e-7} for k, path in enumerate(paths)), eval_fraction=0.5)
+    prepare(uneven, vocab_size=300, tokenizer=None)
+    assert "the weights of data.sources have no common unit" in caplog.text
+    caplog.clear()
+    prepare(config(*paths, eval_fraction=0.5), vocab_size=300, tokenizer=None)
+    assert "common unit" not in caplog.text
