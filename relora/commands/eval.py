@@ -6,6 +6,7 @@ import torch
 
 from relora.commands.load_model import load, run_of
 from relora.config import Config, UserError, raise_if_any
+from relora.config.derived import tokenizer_of
 from relora.data import amount_problems, eval_batches, unigram_entropy
 from relora.data import prepare as prepare_tokens
 from relora.model.model import vocab_size_of
@@ -56,13 +57,10 @@ def held_out(run_or_model: str, config: Config | None = None) -> HeldOut:
         raise UserError([f"{run_or_model}: belongs to no run; --config CONFIG.yaml says what to evaluate on"])
     task = task_of(settings)
     model, tokenizer = load(run_or_model, task)
-    data = prepare_tokens(
-        settings.data,
-        vocab_size=vocab_size_of(model.config),
-        # A model is evaluated on its own tokens; a config says which ones its data have.
-        tokenizer=tokenizer.name_or_path if config is None else settings.data.tokenizer or settings.model.name_or_path,
-        trust_remote_code=settings.model.trust_remote_code,
-    )
+    # A model is evaluated on its own tokens; a config says which ones its data have.
+    own = {"tokenizer": tokenizer.name_or_path, "trust_remote_code": settings.model.trust_remote_code}
+    wanted = own if config is None else tokenizer_of(config)
+    data = prepare_tokens(settings.data, vocab_size=vocab_size_of(model.config), **wanted)
     raise_if_any(amount_problems(data, settings.data))
     batch_size = settings.training.per_device_eval_batch_size or settings.training.per_device_batch_size
     batches = eval_batches(data, settings.data, batch_size=batch_size, make_batch=task.make_batch)
