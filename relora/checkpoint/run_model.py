@@ -75,7 +75,9 @@ def load_run_model(folder: RunFolder, checkpoint: Path, config: Config, task: Ta
     """
     trust = config.model.trust_remote_code
     model = merged_model(open_states(checkpoint), config, read_kept_config(folder, config, task), task)
-    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(str(folder.tokenizer), trust_remote_code=trust)
+    tokenizer: Tokenizer = AutoTokenizer.from_pretrained(  # nosec B615  # a folder of the run, never the hub
+        str(folder.tokenizer), trust_remote_code=trust, local_files_only=True
+    )
     kept, generation = folder.model / GENERATION, None
     if kept.is_file():
         try:
@@ -97,7 +99,9 @@ def read_kept_config(folder: RunFolder, config: Config, task: Task) -> Pretraine
     if config.model.name_or_path is None:
         return load_hf_config(config.model, task)
     if (folder.model / CONFIG).is_file():
-        return AutoConfig.from_pretrained(str(folder.model), trust_remote_code=trust)
+        return AutoConfig.from_pretrained(  # nosec B615  # a folder of the run, never the hub
+            str(folder.model), trust_remote_code=trust, local_files_only=True
+        )
     # A run of an earlier version kept the settings alone.
     settings = parse(folder.config.read_text(encoding="utf-8"))["derived"]["identity"]["model.config"]
     if settings["model_type"] in CONFIG_MAPPING:

@@ -73,7 +73,9 @@ def _load_plain(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedToken
     trust = run is not None and run.model.trust_remote_code
     try:
         model = task.auto_class.from_pretrained(name, dtype=torch.float32, trust_remote_code=trust)
-        return without_cache(model), AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        # A hub id here is one that the user has just typed, and no code comes with it.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)  # nosec B615  # see above
+        return without_cache(model), tokenizer
     except Exception as error:  # whatever a model's own code may raise
         reason = first_lines(error) if Path(name).exists() else f"there is no such folder; {first_lines(error)}"
         raise UserError([f"{name}: neither a run folder nor a model that transformers can load ({reason})"]) from None

@@ -29,7 +29,7 @@ def broken_rules(config: Config, *, wrong_keys: Iterable[str] = ()) -> list[str]
 
 
 def secret_problems(config: Config) -> list[str]:
-    """One line with the keys whose value is a secret: the run folder keeps the settings, and the model card shows them."""
+    """One line with the keys that hold a secret: the run folder keeps the settings, and the model card shows them."""
 
     def places(value: Any, key: str) -> Iterator[str]:
         if isinstance(value, str) and without_secrets(value) != value:

@@ -174,7 +174,9 @@ def trained_tokenizer(wanted: Preparation, sources: list[Dataset], *, quiet: boo
     """The tokenizer of an earlier, killed preparation, or one trained now."""
     saved = wanted.folder / TOKENIZER_FOLDER
     if saved.exists():
-        return PreTrainedTokenizerFast.from_pretrained(str(saved))
+        return PreTrainedTokenizerFast.from_pretrained(  # nosec B615  # a folder of ours, never the hub
+            str(saved), local_files_only=True
+        )
     return train_tokenizer(sources, vocab_size=wanted.vocab_size, eval_fraction=wanted.data.eval_fraction, quiet=quiet)
 
 

@@ -15,10 +15,14 @@ def sample_text(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    eos_ids: int | list[int] | None = None,
 ) -> str:
     """Continue `prompt` by up to `max_new_tokens`; greedily at temperature 0, else drawn from `seed`.
 
     The text never exceeds the positions of the model: a longer prompt loses its beginning, and generation stops there.
+
+    Args:
+        eos_ids: the tokens that end it; None for the EOS of the tokenizer.
     """
     ids: Any = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     if ids.shape[1] == 0:
@@ -32,7 +36,7 @@ def sample_text(
         do_sample=temperature > 0,
         temperature=temperature if temperature > 0 else None,
         pad_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id if eos_ids is None else eos_ids,
         use_cache=True,
     )
     was_training = model.training

@@ -13,7 +13,7 @@ from relora.config import UserError
 from relora.config.yaml12 import dump
 from relora.data import unigram_entropy
 from relora.files import sha256_of
-from relora.tracking.metrics_file import read_metrics
+from relora.tracking.metrics_file import has_number, read_metrics
 from relora.train.run import Run
 
 RESULTS = "relora.json"
@@ -80,7 +80,7 @@ def run_results(run: Run) -> Results:
     except UserError as error:
         lines = []
         results.unknown.append(str(error))
-    eval_loss = {line["step"]: line["eval_loss"] for line in lines if is_number(line, "eval_loss")}
+    eval_loss = {line["step"]: line["eval_loss"] for line in lines if has_number(line, "eval_loss")}
     wanted = {"eval_loss": step}
     if schedule.has_low_rank_stage and schedule.warm_start_steps:
         wanted["eval_loss_at_switch"] = schedule.warm_start_steps
@@ -101,7 +101,7 @@ def add_restarts(results: Results, lines: Lines, num_restarts: int, run: Run) ->
     """Add what the lines of the restarts tell, each figure only if no restart is left out of it."""
     results.values["restarts"] = num_restarts
     keys = ("merge_error", "probe_loss_before", "probe_loss_after")
-    found = {line["restart"]: line for line in lines if all(is_number(line, key) for key in ("restart", *keys))}
+    found = {line["restart"]: line for line in lines if all(has_number(line, key) for key in ("restart", *keys))}
     if len(found) == num_restarts:
         jumps = [abs(line["probe_loss_after"] - line["probe_loss_before"]) for line in found.values()]
         results.values["merge_error"] = max(line["merge_error"] for line in found.values())
@@ -110,7 +110,7 @@ def add_restarts(results: Results, lines: Lines, num_restarts: int, run: Run) ->
         lost = num_restarts - len(found)
         results.unknown.append(f"how exact the restarts were: the lines of {lost} of {num_restarts} are lost")
     probed = num_probes(run)
-    lost = probed - len({line["step"] for line in lines if is_number(line, "probe_loss")})
+    lost = probed - len({line["step"] for line in lines if has_number(line, "probe_loss")})
     if lost > 0 or len(found) < num_restarts:
         results.unknown.append(f"the rise of the loss after a restart: {max(lost, 0)} of {probed} probes are lost")
     elif probed:
@@ -123,7 +123,7 @@ def largest_rise(lines: Lines) -> float:
     for line in lines:
         if "restart" in line:
             before = line["probe_loss_before"]
-        elif is_number(line, "probe_loss"):
+        elif has_number(line, "probe_loss"):
             rise = max(rise, line["probe_loss"] - before)
     return rise
 
@@ -139,11 +139,6 @@ def num_probes(run: Run) -> int:
         last = min(restart + every - 1, schedule.max_steps)
         count += min(run.config.training.probe_steps, last - restart)
     return count
-
-
-def is_number(line: dict[str, Any], key: str) -> bool:
-    """Whether a line of metrics, which may have been edited, holds a number under `key`."""
-    return isinstance(line.get(key), int | float) and not isinstance(line[key], bool)
 
 
 def summary(run: Run, results: Results) -> str:
