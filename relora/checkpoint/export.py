@@ -13,7 +13,7 @@ from torch import nn
 from relora.checkpoint.format import TEMPORARY_PREFIX
 from relora.checkpoint.portable import GENERATION, make_portable, write
 from relora.checkpoint.run_model import RunModel
-from relora.config import UserError
+from relora.errors import Failed, UserError
 from relora.files import publish_folder, remove
 from relora.model.tasks import Task
 from relora.text import code_block, without_secrets
@@ -63,7 +63,8 @@ def export_model(
     """Write a model, its tokenizer, its card and text `files` to `folder`, whole or not at all.
 
     Raises:
-        UserError: a weight is too large for `dtype`, or the disk refuses. Nothing is left behind then.
+        UserError: a weight is too large for `dtype`.
+        Failed: the disk refuses. Nothing is left behind then, and what was in `folder` is still there.
     """
     temporary = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
     cast(exported.model, dtype)
@@ -74,7 +75,7 @@ def export_model(
     except (OSError, SafetensorError) as error:
         needed_mb = sum(tensor.nbytes for tensor in exported.model.state_dict().values()) / 1e6
         reason = f"{folder}: the model could not be written ({error}); it takes {needed_mb:,.0f} MB"
-        raise UserError([f"{reason}, and {free_mb(folder):,.0f} MB are free there"]) from error
+        raise Failed(f"{reason}, and {free_mb(folder):,.0f} MB are free there") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -23,7 +23,8 @@ def export(run: str, output: str, *, dtype: str, step: int | None) -> None:
         step: of the checkpoint; None for the newest.
 
     Raises:
-        UserError: no run, no checkpoint of that step, something in the way at `output`, or a disk that refuses.
+        UserError: no run, no checkpoint of that step, or something in the way at `output`.
+        Failed: the disk refuses.
     """
     folder, target = RunFolder(Path(run)), Path(output)
     if not folder.is_run:

@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from relora.checkpoint.export import Card, export_model
-from relora.checkpoint.format import MANIFEST
+from relora.checkpoint.format import MANIFEST, TEMPORARY_PREFIX
 from relora.checkpoint.load import complete_checkpoints, read_manifest
 from relora.checkpoint.run_model import load_run_model
 from relora.config import UserError
 from relora.config.yaml12 import dump
 from relora.data import unigram_entropy
-from relora.files import sha256_of
+from relora.files import remove, sha256_of
 from relora.tracking.metrics_file import has_number, read_metrics
 from relora.train.run import Run
 
@@ -53,6 +53,8 @@ def finish(run: Run) -> str:
     It is written aside and renamed. Where this fails or is interrupted, the next start of the run does it again.
     """
     results = run_results(run)
+    for leftover in run.folder.path.glob(f"{TEMPORARY_PREFIX}*"):
+        remove(leftover)
     if not is_finished(run):
         newest = complete_checkpoints(run.folder.checkpoints)[-1]
         settings = dump(run.config.model_dump(mode="json"))
