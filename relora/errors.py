@@ -25,6 +25,9 @@ class UserError(Exception):
 class Failed(RuntimeError):  # noqa: N818  # as the others here
     """Something outside of the program prevents it from going on, or the run has gone wrong: one line, exit code 1."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(without_secrets(reason))
+
 
 class Stopped(RuntimeError):  # noqa: N818  # not an error
     """The run was asked to stop and has ended in order. The command ends with exit code 143."""

@@ -40,8 +40,8 @@ def sync(path: Path) -> None:
 def publish_folder(draft: Path, final: Path) -> None:
     """Rename a finished draft folder to its final name, after everything in it is on disk.
 
-    Whatever has the name is replaced: a folder, a file, or a link, whose target is left alone. It is removed when the new
-    folder is there, so that a kill leaves one of them whole, if under another name.
+    Whatever has the name is replaced: a folder, a file, or a link, whose target is left alone. It is removed when the
+    new folder is there, so that a kill leaves one of them whole, if under another name.
     """
     replaced = draft.with_name(f"{draft.name}-replaced")
     remove(replaced)

@@ -70,11 +70,11 @@ def test_the_folder_is_complete(run: Path) -> None:
     assert "restart_every: 3" in card
     # As transformers 4 reads it too.
     assert FOUR_AND_FIVE in card
-    assert (
-        json.loads((run / "final" / "tokenizer_config.json").read_text())["tokenizer_class"]
-        == "PreTrainedTokenizerFast"
-    )
-    assert json.loads((run / "final" / "config.json").read_text())["rope_theta"] == 10000.0
+    written = {
+        name: json.loads((run / "final" / name).read_text()) for name in ("config.json", "tokenizer_config.json")
+    }
+    assert written["config.json"]["rope_theta"] == 10000.0
+    assert written["tokenizer_config.json"]["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_export_of_an_earlier_step_in_bfloat16(run: Path, tmp_path: Path) -> None:
