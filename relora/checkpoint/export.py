@@ -1,5 +1,6 @@
 """A plain Hugging Face folder: what transformers, vLLM and PEFT load."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from relora.errors import Failed, UserError
 from relora.files import publish_folder, remove
 from relora.model.tasks import Task
 from relora.text import code_block, without_secrets
+
+RESULTS, WEIGHTS = "relora.json", "*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,17 @@ All low-rank updates are merged: this is a plain model. It can be read by {versi
 
 
 def export_model(
-    exported: RunModel, folder: Path, *, card: Card, dtype: torch.dtype = torch.float32, files: Mapping[str, str]
+    exported: RunModel,
+    folder: Path,
+    *,
+    card: Card,
+    dtype: torch.dtype = torch.float32,
+    about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a model, its tokenizer, its card and text `files` to `folder`, whole or not at all.
+    """Write a model, its tokenizer and its card to `folder`, whole or not at all.
+
+    Args:
+        about: the content of relora.json, where one is wanted; the sizes of the files of weights are added to it.
 
     Raises:
         UserError: a weight is too large for `dtype`.
@@ -70,7 +81,7 @@ def export_model(
     cast(exported.model, dtype)
     try:
         remove(temporary)
-        write_folder(exported, temporary, card=card, files=files)
+        write_folder(exported, temporary, card=card, about=about)
         publish_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         needed_mb = sum(tensor.nbytes for tensor in exported.model.state_dict().values()) / 1e6
@@ -91,7 +102,7 @@ def cast(model: nn.Module, dtype: torch.dtype) -> None:
     model.to(dtype)
 
 
-def write_folder(exported: RunModel, folder: Path, *, card: Card, files: Mapping[str, str]) -> None:
+def write_folder(exported: RunModel, folder: Path, *, card: Card, about: Mapping[str, Any] | None) -> None:
     """Write the files of an exported model to a draft folder."""
     exported.model.config.use_cache = True
     exported.model.save_pretrained(folder)
@@ -99,9 +110,10 @@ def write_folder(exported: RunModel, folder: Path, *, card: Card, files: Mapping
     if exported.generation is not None:
         # Not by transformers, which refuses some of the settings that published models come with.
         write(folder / GENERATION, exported.generation)
-    texts = {"README.md": card.text(make_portable(folder, exported.model)), **files}
-    for name, text in texts.items():
-        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "README.md").write_text(card.text(make_portable(folder, exported.model)), encoding="utf-8")
+    if about is not None:
+        weights = {path.name: path.stat().st_size for path in folder.glob(WEIGHTS)}
+        (folder / RESULTS).write_text(json.dumps({**about, "weights": weights}, indent=1), encoding="utf-8")
     # safetensors makes its files for the owner alone, whatever the umask; those just written have the usual mode.
     mode = (folder / "README.md").stat().st_mode
     for path in folder.iterdir():

@@ -42,5 +42,5 @@ def export(run: str, output: str, *, dtype: str, step: int | None) -> None:
         results={"checkpoint": checkpoint.name, "dtype": dtype},
         settings=dump(config.model_dump(mode="json")),
     )
-    export_model(exported, target, card=card, dtype=DTYPES[dtype], files={})
+    export_model(exported, target, card=card, dtype=DTYPES[dtype])
     print(f"{checkpoint.name} exported to {target}")

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from relora.checkpoint.export import Card, export_model
+from relora.checkpoint.export import RESULTS, WEIGHTS, Card, export_model
 from relora.checkpoint.format import MANIFEST, TEMPORARY_PREFIX
 from relora.checkpoint.load import complete_checkpoints, read_manifest
 from relora.checkpoint.run_model import load_run_model
@@ -16,7 +16,6 @@ from relora.files import remove, sha256_of
 from relora.tracking.metrics_file import has_number, read_metrics
 from relora.train.run import Run
 
-RESULTS = "relora.json"
 Lines = list[dict[str, Any]]
 
 
@@ -37,12 +36,15 @@ class Results:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether `final/` is the model of the newest checkpoint, and that one of the last step."""
+    """Whether `final/` is the model of the newest checkpoint, that one is of the last step, and no weights are lost."""
     try:
         newest = complete_checkpoints(run.folder.checkpoints)[-1]
         written = json.loads((run.folder.final / RESULTS).read_text(encoding="utf-8"))
         is_newest = written["checkpoint_sha256"] == sha256_of(newest / MANIFEST)
-        return bool(is_newest and written["step"] == run.schedule.max_steps)
+        weights = {path.name: path.stat().st_size for path in run.folder.final.glob(WEIGHTS)}
+        # An earlier version did not note the sizes.
+        is_whole = bool(weights) and weights == written.get("weights", weights)
+        return bool(is_newest and is_whole and written["step"] == run.schedule.max_steps)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return False  # not there, damaged, or of another run: it is written again
 
@@ -61,7 +63,7 @@ def finish(run: Run) -> str:
         card = Card(run.folder.path.name, task=run.task, results=results.as_json(), settings=settings)
         about = results.as_json() | {"checkpoint_sha256": sha256_of(newest / MANIFEST)}
         model = load_run_model(run.folder, newest, run.config, run.task)
-        export_model(model, run.folder.final, card=card, files={RESULTS: json.dumps(about, indent=1)})
+        export_model(model, run.folder.final, card=card, about=about)
     run.folder.write_status("finished", step=run.schedule.max_steps)
     return summary(run, results)
 

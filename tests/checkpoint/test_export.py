@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from relora.checkpoint.load import complete_checkpoints, open_checkpoint
 from relora.checkpoint.portable import FOUR_AND_FIVE
-from relora.checkpoint.run_model import token_ids
+from relora.checkpoint.run_folder import RunFolder
+from relora.checkpoint.run_model import keep_files, read_kept_config, token_ids
 from relora.checkpoint.weights import load_weights
 from relora.cli import main
 from relora.commands.load_model import load
 from relora.config import check, load_config
-from relora.config.derived import lora_config
+from relora.config.derived import lora_config, tokenizer_of
 from relora.data import prepare
 from relora.method.inject import inject_lora
 from relora.method.store import TorchStore
@@ -219,6 +220,35 @@ def test_a_run_of_an_earlier_version_kept_its_settings_alone(continued: Path, tm
     ids = torch.randint(300, (2, 20))
     assert torch.equal(exported(ids).logits, final(ids).logits)
     assert exported.config.eos_token_id == [261, 0]
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_code_that_comes_with_a_model_is_kept_if_it_may_run(
+    trusted: bool, run: Path, corpus: Path, tmp_path: Path
+) -> None:
+    base, folder = tmp_path / "base", RunFolder(tmp_path / "run")
+    shutil.copytree(run / "final", base)
+    model: dict[str, Any] = {"name_or_path": str(base), "trust_remote_code": trusted}
+    (base / "configuration_mine.py").write_text(
+        "from transformers import LlamaConfig\nclass MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+    )
+    (base / "modeling_mine.py").write_text(
+        "from transformers import LlamaForCausalLM\nfrom .configuration_mine import MineConfig\n"
+        "class Mine(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    if trusted:
+        own = {"AutoConfig": "configuration_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.Mine"}
+        config = json.loads((base / "config.json").read_text()) | {"model_type": "mine", "auto_map": own}
+        (base / "config.json").write_text(json.dumps(config))
+    config = check(settings(corpus, folder.path, model=model))
+    data = prepare(config.data, vocab_size=300, quiet=True, **tokenizer_of(config))
+    folder.path.mkdir()
+    keep_files(folder, config, data)
+    shutil.rmtree(base)
+    task = task_of(config)
+    kept = empty_model(config.model, read_kept_config(folder, config, task), task)
+    assert type(kept).__name__ == ("Mine" if trusted else "LlamaForCausalLM")
+    assert len(list(folder.model.glob("*.py"))) == (2 if trusted else 0)
 
 
 def test_each_of_several_tokens_ends_a_text(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

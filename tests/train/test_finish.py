@@ -90,6 +90,19 @@ def test_a_disk_that_refuses_leaves_what_was_there_and_the_next_start_goes_on(ru
     assert_is_whole(trained, run)
 
 
+@pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_a_final_model_that_has_lost_its_weights_is_written_again(
+    harm: Callable[[Path], object], run: Path, trained: Path
+) -> None:
+    shutil.copytree(run / "final", trained / "final")
+    (trained / "final" / "README.md").write_text("edited")
+    start(trained)
+    assert (trained / "final" / "README.md").read_text() == "edited", "it was whole"
+    harm(trained / "final" / "model.safetensors")
+    start(trained)
+    assert_is_whole(trained, run)
+
+
 def results(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "final" / "relora.json").read_text()))
 
