@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from relora.checkpoint.format import TEMPORARY_PREFIX
 from relora.checkpoint.portable import GENERATION, make_portable, write
 from relora.checkpoint.run_model import RunModel
 from relora.errors import Failed, UserError
-from relora.files import publish_folder, remove
+from relora.files import publish_folder, remove, sha256_of
 from relora.model.tasks import Task
 from relora.text import code_block, without_secrets
 
-RESULTS, WEIGHTS = "relora.json", "*.safetensors"
+RESULTS, CARD = "relora.json", "README.md"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def export_model(
     """Write a model, its tokenizer and its card to `folder`, whole or not at all.
 
     Args:
-        about: the content of relora.json, where one is wanted; the sizes of the files of weights are added to it.
+        about: the content of relora.json, where one is wanted; the hashes of the other files are added to it.
 
     Raises:
         UserError: a weight is too large for `dtype`.
@@ -110,14 +110,21 @@ def write_folder(exported: RunModel, folder: Path, *, card: Card, about: Mapping
     if exported.generation is not None:
         # Not by transformers, which refuses some of the settings that published models come with.
         write(folder / GENERATION, exported.generation)
-    (folder / "README.md").write_text(card.text(make_portable(folder, exported.model)), encoding="utf-8")
+    versions = make_portable(folder, exported.model)
     if about is not None:
-        weights = {path.name: path.stat().st_size for path in folder.glob(WEIGHTS)}
-        (folder / RESULTS).write_text(json.dumps({**about, "weights": weights}, indent=1), encoding="utf-8")
+        content = {**about, "files": file_hashes(folder, {path.name for path in folder.iterdir()})}
+        (folder / RESULTS).write_text(json.dumps(content, indent=1), encoding="utf-8")
+    (folder / CARD).write_text(card.text(versions), encoding="utf-8")
     # safetensors makes its files for the owner alone, whatever the umask; those just written have the usual mode.
-    mode = (folder / "README.md").stat().st_mode
+    mode = (folder / CARD).stat().st_mode
     for path in folder.iterdir():
         path.chmod(mode)
+
+
+def file_hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """The sha256 of each of these files in `folder` that is there; names that lead out of it are left out."""
+    paths = {name: folder / name for name in sorted(names) if Path(name).name == name}
+    return {name: sha256_of(path) for name, path in paths.items() if path.is_file()}
 
 
 def free_mb(path: Path) -> float:

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from relora.checkpoint.export import RESULTS, WEIGHTS, Card, export_model
+from relora.checkpoint.export import RESULTS, Card, export_model, file_hashes
 from relora.checkpoint.format import MANIFEST, TEMPORARY_PREFIX
 from relora.checkpoint.load import complete_checkpoints, read_manifest
 from relora.checkpoint.run_model import load_run_model
@@ -36,15 +36,17 @@ class Results:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether `final/` is the model of the newest checkpoint, that one is of the last step, and no weights are lost."""
+    """Whether `final/` is, file by file, the model of the newest checkpoint, and that one of the last step.
+
+    The model card alone may be rewritten at will.
+    """
     try:
         newest = complete_checkpoints(run.folder.checkpoints)[-1]
         written = json.loads((run.folder.final / RESULTS).read_text(encoding="utf-8"))
         is_newest = written["checkpoint_sha256"] == sha256_of(newest / MANIFEST)
-        weights = {path.name: path.stat().st_size for path in run.folder.final.glob(WEIGHTS)}
-        # An earlier version did not note the sizes.
-        is_whole = bool(weights) and weights == written.get("weights", weights)
-        return bool(is_newest and is_whole and written["step"] == run.schedule.max_steps)
+        if not is_newest or written["step"] != run.schedule.max_steps:
+            return False
+        return bool(written["files"] == file_hashes(run.folder.final, written["files"]))
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return False  # not there, damaged, or of another run: it is written again
 
@@ -116,7 +118,7 @@ def add_restarts(results: Results, lines: Lines, num_restarts: int, run: Run) ->
     probed = num_probes(run)
     lost = probed - len({line["step"] for line in lines if has_number(line, "probe_loss")})
     if lost > 0 or len(found) < num_restarts:
-        results.unknown.append(f"the rise of the loss after a restart: {max(lost, 0)} of {probed} probes are lost")
+        results.unknown.append(f"the rise of the loss after a restart: {max(lost, 0)} of {probed} probes are missing")
     elif probed:
         results.values["rise_after_restart"] = largest_rise(lines)
 
