@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # The keys of which DESIGN.md says that another value is the same run, computed otherwise.
 NOT_PART_OF_THE_RUN = {
     *("lora.forward", "lora.keep_merged", "lora.master"),
-    "output_dir",
+    *("output_dir", "hub_timeout_s"),
     *("model.attn_implementation", "model.gradient_checkpointing", "model.torch_compile", "model.liger_kernel"),
     *("data.prepared_dir", "data.num_proc", "data.num_workers"),
     *("training.per_device_batch_size", "training.per_device_eval_batch_size", "training.mixed_precision"),

@@ -34,7 +34,7 @@ def test_a_misspelt_section_names_the_right_one(section: str) -> None:
         ("max_steps", "the nearest is training.max_steps"),
         ("optim.lr", "the nearest is optim.learning_rate"),
         ("lora.rank", "the nearest is lora.r"),
-        ("qqq", "known here are output_dir, seed, model, data, lora, relora, optim, schedule, training"),
+        ("qqq", "known here are output_dir, seed, hub_timeout_s, model, data, lora, relora, optim, schedule, training"),
         ("schedule.qqq", "known here are warmup_steps, restart_warmup_steps, min_lr_ratio"),
     ],
 )
