@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import relora
-from relora.config import load_config
+from relora.config import Config, load_config
 from relora.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Failed, Stopped, UserError, disk_failure
 
 
@@ -54,8 +54,11 @@ def run_command(options: argparse.Namespace) -> None:
     function = arguments.pop("function")
     if isinstance(arguments.get("config"), str):
         arguments["config"] = load_config(arguments["config"], arguments.pop("overrides", ()))
+    config = arguments.get("config")
+    timeout_s = config.hub_timeout_s if isinstance(config, Config) else Config.model_fields["hub_timeout_s"].default
     module, _, name = function.partition(":")
-    getattr(importlib.import_module(module), name)(**arguments)
+    with importlib.import_module("relora.hub").bounded(timeout_s):
+        getattr(importlib.import_module(module), name)(**arguments)
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -237,6 +240,11 @@ COMMANDS = {
                 help="randomness of the sampling, such as 0.8; 0 takes the likeliest token (default: %(default)s)",
             ),
             Argument("--seed", type=int, default=0, help="seed of the sampling, such as 1 (default: %(default)s)"),
+            Argument(
+                "--trust-remote-code",
+                action="store_true",
+                help="run code that comes with a model of no run; read it first, such as that of gpt2",
+            ),
         ),
     ),
 }

@@ -14,8 +14,33 @@ from relora.errors import disk_errors_name
 MAX_DEPTH, MAX_VALUES, MAX_BITS = 60, 100_000, 128  # of data that are read: beyond, something is wrong with them
 MAX_NAME, MAX_PATH = 255, 4095  # bytes, of Linux
 FILE_SUFFIXES = frozenset(
-    ".json .jsonl .ndjson .yaml .yml .safetensors .bin .pt .pth .ckpt .gguf .txt .text .csv .tsv .parquet .arrow .py .md "
-    ".gz .zst .xz .bz2 .zip .tar".split()
+    [
+        ".json",
+        ".jsonl",
+        ".ndjson",
+        ".yaml",
+        ".yml",
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".gguf",
+        ".txt",
+        ".text",
+        ".csv",
+        ".tsv",
+        ".parquet",
+        ".arrow",
+        ".py",
+        ".md",
+        ".gz",
+        ".zst",
+        ".xz",
+        ".bz2",
+        ".zip",
+        ".tar",
+    ]
 )
 
 
@@ -207,3 +232,15 @@ def looks_like_a_path(name: str) -> bool:
         or os.path.lexists(name)
         or (rest != "" and Path(first).is_dir())
     )
+
+
+def missing_folder(name: str) -> str | None:
+    """Why `name` is no folder here though it looks like a path; None if it is one, or may be a hub id."""
+    if Path(name).is_dir() or not looks_like_a_path(name):
+        return None
+    first, _, rest = name.partition("/")
+    if os.path.lexists(name):
+        return "is not a folder"
+    if rest and first not in ("", ".", "..") and Path(first).is_dir():
+        return f"there is no such folder (the hub is not asked for it, because there is a folder {first} here)"
+    return "there is no such folder"

@@ -55,7 +55,7 @@ def held_out(run_or_model: str, config: Config | None = None) -> HeldOut:
     if settings is None:
         raise UserError([f"{run_or_model}: belongs to no run; --config CONFIG.yaml says what to evaluate on"])
     task = task_of(settings)
-    model, tokenizer = load(run_or_model, task)
+    model, tokenizer = load(run_or_model, task, trust_remote_code=settings.model.trust_remote_code)
     data = prepare_tokens(
         settings.data,
         vocab_size=vocab_size_of(model.config),

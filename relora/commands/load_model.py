@@ -9,24 +9,32 @@ from relora.checkpoint.load import checkpoint_problems, complete_checkpoints, op
 from relora.checkpoint.run_folder import RunFolder
 from relora.checkpoint.weights import merged_model
 from relora.config import Config, UserError, load_config, raise_if_any
-from relora.files import looks_like_a_path
-from relora.model.model import first_lines, load_hf_config, without_cache
+from relora.files import missing_folder
+from relora.model.model import load_hf_config, reason_of, without_cache
 from relora.model.tasks import CausalLM, Task, task_of
 
 
-def load(run_or_model: str, task: Task | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    run_or_model: str, task: Task | None = None, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model (plain, float32, on the GPU if there is one) and its tokenizer.
 
     A run gives its newest checkpoint, every update merged.
 
     Args:
         task: what a model of no run is for (default: causal language modelling); a run's config names its own.
+        trust_remote_code: run code that comes with a model of no run; a run's config says it for its own.
 
     Raises:
         UserError: nothing there, no complete checkpoint, or not a model.
     """
     folder = RunFolder(Path(run_or_model))
-    model, tokenizer = load_run(folder) if folder.is_run else _load_plain(run_or_model, task or CausalLM())
+    if folder.is_run:
+        model, tokenizer = load_run(folder)
+    else:
+        run = run_of(run_or_model)  # code that the run was told to run comes with the model in its folder
+        trusted = trust_remote_code or (run is not None and run.model.trust_remote_code)
+        model, tokenizer = _load_plain(run_or_model, task or CausalLM(), trust_remote_code=trusted)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
@@ -37,7 +45,7 @@ def load_run(folder: RunFolder, step: int | None = None) -> tuple[PreTrainedMode
     raise_if_any(checkpoint_problems(checkpoint))
     task = task_of(config)
     model = merged_model(open_states(checkpoint), config, load_hf_config(config.model, task), task)
-    return model, AutoTokenizer.from_pretrained(folder.tokenizer)
+    return model, AutoTokenizer.from_pretrained(folder.tokenizer, trust_remote_code=config.model.trust_remote_code)
 
 
 def find_checkpoint(folder: RunFolder, step: int | None) -> Path:
@@ -60,13 +68,14 @@ def run_of(run_or_model: str) -> Config | None:
     return load_config(run.config) if run is not None else None
 
 
-def _load_plain(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_plain(name: str, task: Task, *, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a Hugging Face model by folder or hub id; UserError with the reason of transformers."""
-    if not Path(name).is_dir() and (Path(name).exists() or looks_like_a_path(name)):
-        raise UserError([f"{name}: there is no such folder"])
+    missing = missing_folder(name)
+    if missing is not None:
+        raise UserError([f"{name}: {missing}"])
     try:
-        model = task.auto_class.from_pretrained(name, dtype=torch.float32)
-        return without_cache(model), AutoTokenizer.from_pretrained(name)
+        model = task.auto_class.from_pretrained(name, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        return without_cache(model), AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model's own code may raise
-        reason = first_lines(error) if Path(name).exists() else f"there is no such folder; {first_lines(error)}"
+        reason = reason_of(error) if Path(name).exists() else f"there is no such folder; {reason_of(error)}"
         raise UserError([f"{name}: neither a run folder nor a model that transformers can load ({reason})"]) from None

@@ -80,7 +80,9 @@ def read_files(path: Path) -> list[ConfigFile]:
         base = mapping.pop("extends", None)
         files.append(ConfigFile(next_path, mapping))
         if base is not None and not (isinstance(base, str) and base):
-            raise UserError([f"{next_path}: extends = {format_value(base)}: must be a path or the name of a configuration"])
+            raise UserError(
+                [f"{next_path}: extends = {format_value(base)}: must be a path or the name of a configuration"]
+            )
         next_path = None if base is None else find_config(base, next_path.parent)
     return files
 

@@ -17,7 +17,6 @@ from relora.config.yaml12 import format_value, parse
 from relora.errors import raise_if_any
 
 
-
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a YAML file, with what it extends below it and `section.key=value` laid over it.
 

@@ -25,6 +25,7 @@ from datasets.exceptions import DatasetsError
 from relora.config.schema import DataSection, SourceSection
 from relora.data.local_files import files_identity, find_files, is_local, split_names
 from relora.errors import raise_if_any
+from relora.hub import unreachable
 from relora.method.registry import CUSTOM, resolve
 
 TEXT = "text"
@@ -169,7 +170,7 @@ class HubSource(Source):
             return function(self.path, self.section.name, revision=self.section.revision, **keys)
         except READING_ERRORS as error:
             where = "" if self.is_folder else "no such file or folder here, and the hub gave no such dataset: "
-            raise ValueError(f"{where}{root_cause(error)}") from error
+            raise ValueError(f"{where}{unreachable(error) or root_cause(error)}") from error
 
 
 # Paths that name a kind of source. Others are local files or hub ids.

@@ -2,7 +2,6 @@
 
 import copy
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +13,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from transformers.initialization import no_init_weights
 
 from relora.config import Config, ModelSection, UserError, raise_if_any
-from relora.files import looks_like_a_path
+from relora.files import missing_folder, parse_json
+from relora.hub import unreachable
 from relora.model.liger import liger_problems
 from relora.model.tasks import Task
 
@@ -80,6 +80,13 @@ def first_lines(error: Exception) -> str:
     """The type and the first two lines of an exception of a library, at most 300 characters in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300] if lines else type(error).__name__
+
+
+def reason_of(error: Exception) -> str:
+    """Why a model, or a part of it, cannot be loaded: the hub is out of reach, its code may not run, or else."""
+    if "trust_remote_code" in str(error):
+        return "it comes with code of its own, which is run only with model.trust_remote_code = true; read it first"
+    return unreachable(error) or first_lines(error)
 
 
 def skeleton(section: ModelSection, hf_config: PretrainedConfig, task: Task) -> PreTrainedModel:
@@ -158,16 +165,17 @@ def compile_in_place(module: nn.Module) -> None:
 
 def _pretrained_config(section: ModelSection) -> tuple[PretrainedConfig | None, list[str]]:
     name, setting = str(section.name_or_path), setting_of(section)
-    path = Path(name).expanduser()
-    if looks_like_a_path(name) and not path.exists():
-        return None, [f"{setting}: there is no such folder"]
+    path = Path(name)
+    missing = missing_folder(name)
+    if missing is not None:
+        return None, [f"{setting}: {missing}"]
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             name, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     except Exception as error:  # whatever a model's own code may raise
         where = "" if path.exists() else "no such folder here, and none can be loaded from the hub: "
-        return None, [f"{setting}: {where}{first_lines(error)}"]
+        return None, [f"{setting}: {where}{reason_of(error)}"]
     if path.is_dir() and not any(match for pattern in ("*.safetensors*", "*.bin*") for match in path.glob(pattern)):
         return None, [f"{setting}: the folder holds no weights (model.safetensors)"]
     return config, []
@@ -209,7 +217,7 @@ def _typos(mapping: Mapping[str, Any], default: PretrainedConfig) -> list[tuple[
 def _read_json(path: str) -> tuple[dict[str, Any], list[str]]:
     """A mapping from a JSON file, or an empty one and why it cannot be read."""
     try:
-        mapping = json.loads(Path(path).read_text(encoding="utf-8"))
+        mapping = parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}, [f"model.config = {path}: there is no such file"]
     except (OSError, ValueError) as error:
