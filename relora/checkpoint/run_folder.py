@@ -17,7 +17,7 @@ import relora
 from relora.checkpoint.format import FORMAT, format_problem
 from relora.checkpoint.load import complete_checkpoints, format_problems
 from relora.config import Config, UserError
-from relora.config.derived import fingerprint
+from relora.config.derived import expanded, fingerprint
 from relora.config.yaml12 import dump, parse
 from relora.files import write_json, write_text
 
@@ -89,7 +89,7 @@ def run_folder_problems(folder: RunFolder, identity: Mapping[str, Any] | None, *
         return []  # nothing to resume from, and nothing to lose
     try:
         derived = parse(folder.config.read_text(encoding="utf-8"))["derived"]
-        identity_there = dict(derived["identity"])
+        identity_there = expanded(dict(derived["identity"]))
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         return [f"{folder.config}: is not a run's configuration ({error})"]
     old_format = format_problems(folder.checkpoints)
@@ -106,6 +106,15 @@ def run_folder_problems(folder: RunFolder, identity: Mapping[str, Any] | None, *
             line = f"output_dir = {folder.path}: holds another run: {key} is {old} there and {new} here"
             problems.append(f"{line}; --extend resumes with the longer one" if is_longer else line)
     return problems
+
+
+def saved_identity(folder: RunFolder) -> dict[str, Any] | None:
+    """The identity of the run in the folder, as its config.yaml has it; None without one that can be read."""
+    try:
+        identity = parse(folder.config.read_text(encoding="utf-8"))["derived"]["identity"]
+    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+        return None
+    return identity if isinstance(identity, dict) else None
 
 
 def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:

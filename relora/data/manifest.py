@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from relora.errors import UserError
+from relora.files import parse_json
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -92,6 +93,6 @@ def check_present(folder: Path, manifest: Manifest) -> None:
 def read_json(path: Path) -> Any:
     """The JSON value of a file of ours. Raises UserError if it is damaged."""
     try:
-        return json.loads(path.read_text())
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError([f"{path}: not JSON ({error}); delete the folder"]) from error

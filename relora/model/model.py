@@ -32,7 +32,8 @@ def read_hf_config(section: ModelSection, task: Task) -> tuple[PretrainedConfig 
     config, problems = _config_from_scratch(section) if section.name_or_path is None else _pretrained_config(section)
     if config is None:
         return None, problems
-    has_own_code = task.auto_class.__name__ in (getattr(config, "auto_map", None) or {})
+    auto_map = getattr(config, "auto_map", None)
+    has_own_code = isinstance(auto_map, dict) and task.auto_class.__name__ in auto_map
     if type(config) not in task.auto_class._model_mapping and not has_own_code:
         reason = f"model_type {config.model_type} has no {task.description} in transformers"
         return None, [f"{setting_of(section)}: {reason}"]
