@@ -15,6 +15,7 @@ from typing import Any
 import relora
 from relora.config import Config, load_config
 from relora.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Failed, Stopped, UserError, disk_failure
+from relora.files import expand_path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,6 +100,14 @@ def _examples(lines: Sequence[str]) -> str:
     return "\n".join(["examples:", *(f"  relora {line}" for line in lines)])
 
 
+def _path(text: str) -> str:
+    """A path with ~ and $VARIABLES expanded, which a shell does not do everywhere: not in --output=~/x."""
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
 class Argument:
     """The arguments of one call of `ArgumentParser.add_argument`."""
 
@@ -128,6 +137,7 @@ CONFIG = (
 )
 RUN_OR_MODEL = Argument(
     "run_or_model",
+    type=_path,
     metavar="RUN_OR_MODEL",
     help="a run folder (its newest checkpoint), a folder with a model, or a hub id, such as runs/quickstart or gpt2",
 )
@@ -183,6 +193,7 @@ COMMANDS = {
             ),
             Argument(
                 "--json",
+                type=_path,
                 dest="json_path",
                 metavar="FILE",
                 help="also write the numbers to this file, such as plan.json",
@@ -203,8 +214,10 @@ COMMANDS = {
         help="write the model of a run as a plain Hugging Face folder, with all updates merged",
         examples=["export runs/quickstart --output exported", "export runs/quickstart --output half --dtype bfloat16"],
         arguments=(
-            Argument("run", metavar="RUN", help="the run folder, such as runs/quickstart"),
-            Argument("--output", required=True, help="the folder to write; it must not exist, such as exported"),
+            Argument("run", type=_path, metavar="RUN", help="the run folder, such as runs/quickstart"),
+            Argument(
+                "--output", type=_path, required=True, help="the folder to write; it must not exist, such as exported"
+            ),
             Argument(
                 "--dtype",
                 choices=("float32", "bfloat16", "float16"),
@@ -219,8 +232,14 @@ COMMANDS = {
         help="plot the metrics of one or several runs on one HTML page",
         examples=["report runs/quickstart", "report runs/low_rank runs/full_rank --output comparison"],
         arguments=(
-            Argument("runs", metavar="RUN", nargs="+", help="run folders, such as runs/low_rank runs/full_rank"),
-            Argument("--output", help="the folder to write, such as comparison (default: report/ in the first run)"),
+            Argument(
+                "runs", type=_path, metavar="RUN", nargs="+", help="run folders, such as runs/low_rank runs/full_rank"
+            ),
+            Argument(
+                "--output",
+                type=_path,
+                help="the folder to write, such as comparison (default: report/ in the first run)",
+            ),
         ),
     ),
     "generate": Command(

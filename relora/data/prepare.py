@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset
@@ -69,7 +70,7 @@ def prepare(
     """
     wanted = check_inputs(data, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
     if not is_complete(wanted):
-        with lock_of(wanted.folder), progress_bars(shown=not quiet):
+        with lock_of(wanted.folder, wanted.data.prepared_dir), progress_bars(shown=not quiet):
             if not is_complete(wanted):  # another process may have been first
                 write_prepared(wanted, quiet=quiet)
     return open_prepared(wanted.folder)
@@ -93,8 +94,12 @@ def check_inputs(data: DataSection, *, vocab_size: int, tokenizer: str | None, t
 
 
 @contextmanager
-def lock_of(folder: Path) -> Iterator[None]:
-    """Let one process at a time prepare a folder; the others wait here, and then find it complete."""
+def lock_of(folder: Path, prepared_dir: str | None) -> Iterator[None]:
+    """Let one process at a time prepare a folder; the others wait here, and then find it complete.
+
+    Args:
+        prepared_dir: the setting, None where the folder is one of the cache.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
@@ -104,7 +109,9 @@ def lock_of(folder: Path) -> Iterator[None]:
             logger.warning("waiting for another process that is preparing %s", folder)
             lock.acquire()
     except OSError as error:
-        raise UserError([f"data.prepared_dir = {str(folder)!r}: not a folder to write to: {error}"]) from error
+        cache = f"the cache {str(folder)!r} (data.prepared_dir or the variable RELORA_CACHE chooses another folder)"
+        setting = cache if prepared_dir is None else f"data.prepared_dir = {str(folder)!r}"
+        raise UserError([f"{setting}: not a folder to write to: {error}"]) from error
     try:
         yield
     finally:
@@ -119,7 +126,7 @@ def is_complete(wanted: Preparation) -> bool:
         raise_if_any(key_problems(folder, manifest.made_from, wanted.key))
         return True
     if (folder / UNFINISHED).exists():
-        raise_if_any(key_problems(folder, read_json(folder / UNFINISHED)["made_from"], wanted.key))
+        raise_if_any(key_problems(folder, read_unfinished(folder)["made_from"], wanted.key))
     elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         raise UserError(
             [f"data.prepared_dir = {str(folder)!r}: holds other files and no {MANIFEST}; choose an empty folder"]
@@ -152,7 +159,17 @@ def pieces_of(wanted: Preparation, sources: list[Dataset], num_proc: int) -> lis
     if not path.exists():
         pieces = [num_pieces(source, num_proc) for source in sources]
         write_json(path, {"made_from": wanted.key, "num_pieces": pieces})
-    return [int(pieces) for pieces in read_json(path)["num_pieces"]]
+    return list(read_unfinished(wanted.folder)["num_pieces"])
+
+
+def read_unfinished(folder: Path) -> dict[str, Any]:
+    """The record of a preparation that was begun. Raises UserError if it is damaged."""
+    content = read_json(folder / UNFINISHED)
+    pieces = content.get("num_pieces") if isinstance(content, dict) else None
+    are_counts = isinstance(pieces, list) and all(type(count) is int and 0 < count < 10**5 for count in pieces)
+    if not (are_counts and isinstance(content.get("made_from"), dict)):
+        raise UserError([f"{folder / UNFINISHED}: damaged; delete the folder"])
+    return dict(content)
 
 
 def trained_tokenizer(wanted: Preparation, sources: list[Dataset], *, quiet: bool) -> PreTrainedTokenizerBase:

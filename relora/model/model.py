@@ -2,7 +2,8 @@
 
 import copy
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from relora.hub import unreachable
 from relora.model.liger import liger_problems
 from relora.model.tasks import Task
 
+MAX_PARTS = 10_000  # layers, or experts, of a model
 # Inductor aligns rows to cache lines on GPUs only, though the products of a CPU need it too (`kernels.product`).
 COMPILE_OPTIONS = {"disable_padding_cpu": False}
 
@@ -170,10 +172,16 @@ def _pretrained_config(section: ModelSection) -> tuple[PretrainedConfig | None, 
     missing = missing_folder(name)
     if missing is not None:
         return None, [f"{setting}: {missing}"]
+    if (path / "config.json").is_file():
+        mapping, problems = _read_json(str(path / "config.json"), setting)
+        problems += [f"{setting}: {problem}" for problem in _too_many(mapping)]
+        if problems:
+            return None, problems
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             name, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
+        config.to_dict()  # written to every checkpoint
     except Exception as error:  # whatever a model's own code may raise
         where = "" if path.exists() else "no such folder here, and none can be loaded from the hub: "
         return None, [f"{setting}: {where}{reason_of(error)}"]
@@ -184,7 +192,8 @@ def _pretrained_config(section: ModelSection) -> tuple[PretrainedConfig | None, 
 
 def _config_from_scratch(section: ModelSection) -> tuple[PretrainedConfig | None, list[str]]:
     setting = setting_of(section)
-    mapping, problems = _read_json(section.config) if isinstance(section.config, str) else (section.config or {}, [])
+    given = section.config or {}
+    mapping, problems = _read_json(given, setting) if isinstance(given, str) else (given, [])
     if problems:
         return None, problems
     settings = dict(mapping)
@@ -196,9 +205,13 @@ def _config_from_scratch(section: ModelSection) -> tuple[PretrainedConfig | None
         hint = f"; the nearest is {close[0]}" if close else ""
         unknown = f"model_type {model_type} is unknown to transformers {transformers.__version__}{hint}"
         return None, [f"{setting}: {unknown}"]
+    too_many = next(_too_many(settings), None)
+    if too_many is not None:
+        return None, [f"{setting}: {too_many}"]
     try:
         default = AutoConfig.for_model(model_type)
         config: PretrainedConfig = AutoConfig.for_model(model_type, **settings)
+        config.to_dict()  # written to every checkpoint
     except Exception as error:  # each architecture raises as it pleases
         return None, [f"{setting}: transformers refuses it for model_type {model_type}: {first_lines(error)}"]
     typos = [f"{setting}: unknown key {key}; the nearest is {near}" for key, near in _typos(settings, default)]
@@ -215,16 +228,27 @@ def _typos(mapping: Mapping[str, Any], default: PretrainedConfig) -> list[tuple[
     return [(key, near) for key in unknown for near in difflib.get_close_matches(key, known, n=1, cutoff=0.9)]
 
 
-def _read_json(path: str) -> tuple[dict[str, Any], list[str]]:
+def _too_many(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Numbers of layers or experts that no model has: transformers would try to build them one by one."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from (f"{key}.{problem}" for problem in _too_many(value))
+        is_number_of_parts = re.search(r"(^|_)n?_?(layers?|blocks?|experts?|depths?|stages?)($|_)", key)
+        for number in value if isinstance(value, list) else [value]:
+            if is_number_of_parts and isinstance(number, int) and number > MAX_PARTS:
+                yield f"{key} = {number}: more than {MAX_PARTS:,} of them cannot be built"
+
+
+def _read_json(path: str, setting: str) -> tuple[dict[str, Any], list[str]]:
     """A mapping from a JSON file, or an empty one and why it cannot be read."""
     try:
         mapping = parse_json(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {}, [f"model.config = {path}: there is no such file"]
+        return {}, [f"{setting}: there is no such file"]
     except (OSError, ValueError) as error:
-        return {}, [f"model.config = {path}: is not a readable JSON file ({error})"]
+        return {}, [f"{setting}: is not a readable JSON file ({' '.join(str(error).split())})"]
     if not isinstance(mapping, dict):
-        return {}, [f"model.config = {path}: must hold a JSON mapping, not a {type(mapping).__name__}"]
+        return {}, [f"{setting}: must hold a JSON mapping, not a {type(mapping).__name__}"]
     return mapping, []
 
 

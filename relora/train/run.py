@@ -58,9 +58,7 @@ class Run:
         return {"fingerprint": fingerprint(self.identity), "data": self.data.manifest.content_hash}
 
 
-def run_identity(
-    config: Config, hf_config: PretrainedConfig, saved: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def run_identity(config: Config, hf_config: PretrainedConfig, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The settings that make this run this run, the model's config among them.
 
     Args:
