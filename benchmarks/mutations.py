@@ -96,6 +96,7 @@ VALUES: list[Any] = [
     *({"quant_method": "fp8"}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"rope_type": "yarn"}, {"": ""}),
     *({"rope_type": "linear", "factor": "x"}, {"type": 5}, {"AutoModelForCausalLM": "none.Model"}, [2**31] * 3),
 ]
+NINE, NEXT = ", ".join(["*%s"] * 9), list(zip("abcdefg", "bcdefgh", strict=True))
 TEXTS = [
     *("", "null", "~", "1e309", ".inf", "-.inf", ".nan", "9" * 5000, "0x" + "f" * 300, "0o777", "1_000", "2024-01-01"),
     *("!!bool text", "!!int x", "!!float x", "!!timestamp x", "!!binary x", "!!binary aGk=", "!!set {a}", "!!omap [1]"),
@@ -115,12 +116,9 @@ TEXTS = [
     ),
     *("? [a]\n: b", "a: b: c", "%TAG x", "--- 1\n--- 2", "- a", "\t", "@", "`", "# x", "=", "<<", "[*a, *b]", "\x07"),
     "[" + ", ".join(["1"] * 2000) + "]",
-    "[&a [x,x,x,x,x,x,x,x,x]"
-    + "".join(f", &{n} [{', '.join(['*' + m] * 9)}]" for m, n in zip("abcdefg", "bcdefgh", strict=True))
-    + "]",
-    "[&a {k: 1}"
-    + "".join(f", &{n} {{<<: [{', '.join(['*' + m] * 9)}]}}" for m, n in zip("abcdefg", "bcdefgh", strict=True))
-    + "]",
+    # Each alias stands for nine of the one before; merged, and not.
+    f"[&a [x,x,x,x,x,x,x,x,x], {', '.join(f'&{n} [{NINE % ((m,) * 9)}]' for m, n in NEXT)}]",
+    f"[&a {{k: 1}}, {', '.join(f'&{n} {{<<: [{NINE % ((m,) * 9)}]}}' for m, n in NEXT)}]",
 ]
 
 

@@ -215,9 +215,7 @@ COMMANDS = {
         examples=["export runs/quickstart --output exported", "export runs/quickstart --output half --dtype bfloat16"],
         arguments=(
             Argument("run", type=_path, metavar="RUN", help="the run folder, such as runs/quickstart"),
-            Argument(
-                "--output", type=_path, required=True, help="the folder to write; it must not exist, such as exported"
-            ),
+            Argument("--output", type=_path, required=True, help="the folder to write, a new one, such as exported"),
             Argument(
                 "--dtype",
                 choices=("float32", "bfloat16", "float16"),
@@ -232,13 +230,11 @@ COMMANDS = {
         help="plot the metrics of one or several runs on one HTML page",
         examples=["report runs/quickstart", "report runs/low_rank runs/full_rank --output comparison"],
         arguments=(
-            Argument(
-                "runs", type=_path, metavar="RUN", nargs="+", help="run folders, such as runs/low_rank runs/full_rank"
-            ),
+            Argument("runs", type=_path, metavar="RUN", nargs="+", help="run folders, such as runs/low_rank"),
             Argument(
                 "--output",
                 type=_path,
-                help="the folder to write, such as comparison (default: report/ in the first run)",
+                help="the folder to write (default: report/ in the first run)",
             ),
         ),
     ),

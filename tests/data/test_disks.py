@@ -27,12 +27,12 @@ def config(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def full_disk() -> Iterator[None]:
-    """No file of this process can grow over 1 MiB."""
+def full_disk(config: str) -> Iterator[str]:
+    """The configuration; no file of this process can grow over 1 MiB."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
-    yield
+    yield config
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     signal.signal(signal.SIGXFSZ, handler)
 
@@ -42,13 +42,12 @@ def line_of(capsys: pytest.CaptureFixture[str]) -> str:
     return line
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_of_the_datasets_cache(
-    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    full_disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache = str(tmp_path / "datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-    assert main(["prepare", config]) == 2
+    assert main(["prepare", full_disk]) == 2
     assert f"datasets cannot write to its cache {cache!r} (File too large); the variable" in line_of(capsys)
 
 
