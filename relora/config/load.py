@@ -82,24 +82,27 @@ def _explain(errors: Iterable[ErrorDetails], mapping: Mapping[str, Any], files: 
     """Pydantic's errors about `mapping` in the words of the reference: dotted key -> line."""
     rules = {name: rule(field) for name, field in fields()}
     lines: dict[str, str] = {}
+    texts: dict[str, str] = {}  # of values: a list with many wrong entries is one value
     # Last, and so in place of other lines of their key: what only a value of the right type can get wrong.
     for error in sorted(errors, key=lambda error: error["type"] == "value_error"):
         key, value = _place(error["loc"], mapping, rules)
+        if key not in texts:
+            texts[key] = format_value(value)
         if error["type"] == "missing":
             missing = f"{key}.{error['loc'][-1]}".lstrip(".")
             lines[missing] = f"{missing}: required"
         elif error["type"] == "extra_forbidden":
             source = next((file.path for file in files if file.has(error["loc"])), None) if len(files) > 1 else None
             where = f" in {source}" if source else ""
-            lines[key] = f"{key} = {format_value(value)}: unknown key{where}; {meant_by(key, rules)}"
+            lines[key] = f"{key} = {texts[key]}: unknown key{where}; {meant_by(key, rules)}"
         elif error["type"] == "value_error":
-            lines[key] = f"{key} = {format_value(value)}: {error['ctx']['error']}"
+            lines[key] = f"{key} = {texts[key]}: {error['ctx']['error']}"
         else:
             allowed = rules.get(pattern_of(key), "a section (a mapping of keys)")
             hint = ", and finite" if error["type"] == "finite_number" else ""
             if isinstance(value, str) and "," in value and "list of" in allowed:
                 hint = f"; a list is written [{', '.join(part.strip() for part in value.split(','))}]"
-            lines[key] = f"{key} = {format_value(value)}: must be {allowed}{hint}"
+            lines[key] = f"{key} = {texts[key]}: must be {allowed}{hint}"
     # A list with wrong entries is also reported as too short; the lines of the entries say more.
     return {key: line for key, line in lines.items() if not any(other.startswith(f"{key}[") for other in lines)}
 

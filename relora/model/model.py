@@ -19,7 +19,7 @@ from relora.hub import unreachable
 from relora.model.liger import liger_problems
 from relora.model.tasks import Task
 
-MAX_PARTS = 10_000  # layers, or experts, of a model
+MAX_PARTS, MAX_LABELS = 10_000, 1_000_000  # layers or experts of a model; labels, which its config names one by one
 # Inductor aligns rows to cache lines on GPUs only, though the products of a CPU need it too (`kernels.product`).
 COMPILE_OPTIONS = {"disable_padding_cpu": False}
 
@@ -229,14 +229,17 @@ def _typos(mapping: Mapping[str, Any], default: PretrainedConfig) -> list[tuple[
 
 
 def _too_many(settings: Mapping[str, Any]) -> Iterator[str]:
-    """Numbers of layers or experts that no model has: transformers would try to build them one by one."""
+    """Numbers of layers, experts or labels that no model has: transformers would try to build them one by one."""
     for key, value in settings.items():
         if isinstance(value, dict):
             yield from (f"{key}.{problem}" for problem in _too_many(value))
-        is_number_of_parts = re.search(r"(^|_)n?_?(layers?|blocks?|experts?|depths?|stages?)($|_)", key)
+        most = MAX_LABELS if key == "num_labels" else MAX_PARTS
+        is_number_of_parts = key == "num_labels" or re.search(
+            r"(^|_)n?_?(layers?|blocks?|experts?|depths?|stages?)($|_)", key
+        )
         for number in value if isinstance(value, list) else [value]:
-            if is_number_of_parts and isinstance(number, int) and number > MAX_PARTS:
-                yield f"{key} = {number}: more than {MAX_PARTS:,} of them cannot be built"
+            if is_number_of_parts and isinstance(number, int) and number > most:
+                yield f"{key} = {number}: more than {most:,} of them cannot be built"
 
 
 def _read_json(path: str, setting: str) -> tuple[dict[str, Any], list[str]]:

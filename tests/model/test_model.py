@@ -23,11 +23,21 @@ def problems_of(config: Any) -> list[str]:
 
 @pytest.mark.parametrize(
     ("model_type", "key"),
-    [("llama", "num_hidden_layers"), ("gpt2", "n_layer"), ("mixtral", "num_local_experts"), ("opt", "num_hidden_layers")],
+    [
+        ("llama", "num_hidden_layers"),
+        ("gpt2", "n_layer"),
+        ("mixtral", "num_local_experts"),
+        ("opt", "num_hidden_layers"),
+    ],
 )
 def test_a_model_of_more_layers_than_can_be_built(model_type: str, key: str) -> None:
     [problem] = problems_of({"model_type": model_type, key: 2**31})
     assert problem == f"model.config: {key} = 2147483648: more than 10,000 of them cannot be built"
+
+
+def test_a_model_of_more_labels_than_can_be_named() -> None:
+    [problem] = problems_of(MODEL | {"num_labels": 2**31})
+    assert problem == "model.config: num_labels = 2147483648: more than 1,000,000 of them cannot be built"
 
 
 def test_layers_of_a_part_of_a_model_and_of_a_pretrained_one(tmp_path: Path) -> None:
