@@ -234,7 +234,7 @@ COMMANDS = {
             Argument(
                 "--output",
                 type=_path,
-                help="the folder to write (default: report/ in the first run)",
+                help="the folder to write, such as comparison (default: the first run's report/)",
             ),
         ),
     ),
