@@ -77,5 +77,8 @@ def _load_plain(name: str, task: Task, *, trust_remote_code: bool) -> tuple[PreT
         model = task.auto_class.from_pretrained(name, dtype=torch.float32, trust_remote_code=trust_remote_code)
         return without_cache(model), AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model's own code may raise
-        reason = reason_of(error) if Path(name).exists() else f"there is no such folder; {reason_of(error)}"
+        remedy = "generate --trust-remote-code, or model.trust_remote_code = true in the --config of eval"
+        reason = reason_of(error, remedy=remedy)
+        if not Path(name).exists():
+            reason = f"there is no such folder; {reason}"
         raise UserError([f"{name}: neither a run folder nor a model that transformers can load ({reason})"]) from None

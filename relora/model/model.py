@@ -85,10 +85,14 @@ def first_lines(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300] if lines else type(error).__name__
 
 
-def reason_of(error: Exception) -> str:
-    """Why a model, or a part of it, cannot be loaded: the hub is out of reach, its code may not run, or else."""
+def reason_of(error: Exception, *, remedy: str = "model.trust_remote_code = true") -> str:
+    """Why a model, or a part of it, cannot be loaded: the hub is out of reach, its code may not run, or else.
+
+    Args:
+        remedy: the setting by which the user trusts code that comes with a model.
+    """
     if "trust_remote_code" in str(error):
-        return "it comes with code of its own, which is run only with model.trust_remote_code = true; read it first"
+        return f"it comes with code of its own, which is run only with {remedy}; read it first"
     return unreachable(error) or first_lines(error)
 
 
