@@ -1,4 +1,4 @@
-"""Models that come with code of their own: run for one's own run, refused with the remedy for others; nobody is asked."""
+"""Models that come with code of their own: run for one's own run, refused with the remedy for others."""
 
 import io
 import json
