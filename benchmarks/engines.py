@@ -72,7 +72,7 @@ def go_on(configs: list[str]) -> None:
     engine = connect(load_config(configs[0]))
     for config in configs:
         run = preflight(load_config(config))
-        state = newest_state(run)
+        state = newest_state(run, engine.world)
         assert state.step == STOP, f"{config}: goes on from {state.step}"
         train_stages(run, engine, state)
     engine.world.close()

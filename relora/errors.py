@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,11 @@ class Failed(RuntimeError):  # noqa: N818  # as the others here
 
 class Stopped(RuntimeError):  # noqa: N818  # not an error
     """The run was asked to stop and has ended in order. The command ends with exit code 143."""
+
+
+def warn(text: str) -> None:
+    """Print a warning, which goes to stderr with the errors, since nothing that the command writes depends on it."""
+    print(f"relora: warning: {text}", file=sys.stderr, flush=True)
 
 
 def raise_if_any(problems: Iterable[str]) -> None:

@@ -15,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from relora.checkpoint.load import checkpoint_problems, complete_checkpoints
+from relora.checkpoint.load import complete_checkpoints
 from relora.checkpoint.save import Checkpoints
+from relora.checkpoint.verify import checkpoint_problems
 from relora.cli import main
 from relora.config import check
 from relora.errors import Stopped
