@@ -135,10 +135,11 @@ def hashes(run: Path) -> dict[str, Any]:
     """By file the hash; of a manifest all but what it says of the metrics, among which are timings."""
     found: dict[str, Any] = {}
     for path in (path for path in sorted((run / "checkpoints").rglob("*.*")) if path.is_file()):
-        is_manifest = path.name == "MANIFEST.json"
-        content = json.loads(path.read_text()) if is_manifest else {}
-        assert not is_manifest or {content.pop("metrics")["lines"], content.pop("sha256")}
-        found[str(path.relative_to(run))] = content or sha256_of(path)
+        name = str(path.relative_to(run))
+        found[name] = sha256_of(path)
+        if path.name == "MANIFEST.json":
+            found[name] = json.loads(path.read_text())
+            del found[name]["metrics"], found[name]["sha256"]
     return found
 
 
