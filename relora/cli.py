@@ -7,20 +7,29 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import relora
-from relora.config import load_config
 from relora.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Failed, Stopped, UserError, disk_failure
+from relora.train.signals import stop_signals
+
+
+def program() -> None:
+    """`relora` on the command line: as `main`, but the process ends, and no signal comes between."""
+    code = EXIT_STOPPED
+    with suppress(Stopped), stop_signals(restores=False):  # now, as to load the other libraries takes seconds
+        code = main()
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0; 1 after a failure, 2 after a mistake of the user, 143 if the run was asked to stop.
+    0; 1 after a failure, 2 after a mistake of the user, 143 if the command was asked to stop.
     """
     options = _parse(_parser(), arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not {str(Path.cwd()), ""} & set(sys.path):
         sys.path.insert(0, str(Path.cwd()))
     try:
-        run_command(options)
+        with stop_signals(), errors_for_launcher():
+            run_command(options)
     except UserError as error:
         for problem in error.problems:
             print(f"relora: {problem}", file=sys.stderr)
@@ -48,8 +58,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+@contextmanager
+def errors_for_launcher() -> Iterator[None]:
+    """Leave an error to torchrun, which then shows it below the reports of all that has ended, and its own."""
+    try:
+        yield
+    except Exception as error:
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)
+        raise
+
+
 def run_command(options: argparse.Namespace) -> None:
     """Call the function of the command with the options as its arguments, the config loaded before torch is."""
+    from relora.config import load_config
+
     arguments = vars(options)
     function = arguments.pop("function")
     if isinstance(arguments.get("config"), str):
@@ -136,7 +161,7 @@ COMMANDS = {
         arguments=CONFIG,
     ),
     "train": Command(
-        function="relora.train:train",
+        function="relora.train.train:train",
         help="train, or resume from the newest checkpoint",
         examples=[
             "train configs/quickstart.yaml",

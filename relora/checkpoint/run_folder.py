@@ -22,6 +22,7 @@ from relora.config.yaml12 import dump, parse
 from relora.files import write_json, write_text
 
 Status = Literal["running", "finished", "preempted", "failed"]
+BEAT_S = 10.0  # while a run lives, status.json becomes no older than this: its time of change is a heartbeat
 
 
 class RunFolder:
@@ -37,6 +38,7 @@ class RunFolder:
         self.stage_start = path / "stage_start"
         self.tokenizer = path / "tokenizer"
         self.final = path / "final"
+        self.stop = path / "STOP"
 
     @property
     def is_run(self) -> bool:
