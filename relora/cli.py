@@ -245,6 +245,15 @@ COMMANDS = {
             Argument("--output", help="the folder to write, such as comparison (default: report/ in the first run)"),
         ),
     ),
+    "status": Command(
+        function="relora.commands.status:status",
+        help="tell how far a run is, whether it lives and where, and when it will end",
+        examples=["status runs/quickstart", "status runs/quickstart --json"],
+        arguments=(
+            Argument("run", metavar="RUN", help="the run folder, such as runs/quickstart"),
+            Argument("--json", dest="as_json", action="store_true", help="print one JSON object instead of lines"),
+        ),
+    ),
     "generate": Command(
         function="relora.commands.generate:generate",
         help="continue a prompt with sampled text",

@@ -22,7 +22,6 @@ from relora.config.yaml12 import dump, parse
 from relora.files import write_json, write_text
 
 Status = Literal["running", "finished", "preempted", "failed"]
-BEAT_S = 10.0  # while a run lives, status.json becomes no older than this: its time of change is a heartbeat
 
 
 class RunFolder:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
-from relora.checkpoint.format import TEMPORARY_PREFIX
-from relora.checkpoint.run_folder import BEAT_S, RunFolder
+from relora.checkpoint.format import BEAT_S, TEMPORARY_PREFIX
+from relora.checkpoint.run_folder import RunFolder
 from relora.engines.heartbeat import NOTHING_MOVED
 from relora.errors import EXIT_FAILED
 from relora.train.signals import StopRequest
