@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 from relora.errors import EXIT_STOPPED, Stopped
 
@@ -98,6 +98,16 @@ class StopRequest:
             self.interrupted = True
             raise Stopped(f"{self.reason}: {self.outcome}")
 
+    def was_ignored(self, unraisable: object) -> bool:
+        """Whether the `Stopped` of a signal ended where Python ignores errors: in `__del__`, in a weakref's callback.
+
+        The thread interrupts again then.
+        """
+        if not isinstance(getattr(unraisable, "exc_value", None), Stopped):
+            return False
+        self._is_handled = self.interrupted = False
+        return True
+
     def note_signal(self, number: int) -> None:
         """`note` a signal. The launcher kills its processes some time after all signals but SIGUSR1."""
         limit_s = math.inf
@@ -119,6 +129,8 @@ class StopRequest:
                 self._is_answered = True
                 how = "after the batch in progress (a second signal ends it at once)" if self.postpones else "now"
                 _print(f"{self.reason}: stopping {how}" if os.environ.get("RANK", "0") == "0" else "")
+            if not (self.postpones or self._is_handled) and TICK_S < waits_s < SAME_REQUEST_S:
+                signal.raise_signal(signal.SIGTERM)
             if self.reason == "the launcher is gone" and self.seconds_left() == 0:
                 self.end(EXIT_STOPPED, "preempted", f"{self.reason}: ended at once")
         if self.reason is not None and not self.postpones:
@@ -174,9 +186,17 @@ def _handlers(request: StopRequest, *, restores: bool) -> Iterator[None]:
     for number in handled:
         # System calls of C code (NCCL, file systems) are resumed after the handler, not interrupted.
         signal.siginterrupt(number, False)
+    hook = sys.unraisablehook
+
+    def unraisable(about: Any) -> None:
+        if not request.was_ignored(about):
+            hook(about)
+
+    sys.unraisablehook = unraisable
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number, before in previous.items():
             # None: it was installed by C code, which Python can neither name nor bring back.
             signal.signal(number, (signal.SIG_DFL if before is None else before) if restores else signal.SIG_IGN)

@@ -69,10 +69,11 @@ class Watch:
             reason = f"{NOTHING_MOVED} {self.timeout_minutes:g} minutes (training.timeout_minutes)"
             self.tell_others(reason)
             self.request.end(EXIT_FAILED, "failed", reason)
-        # Time for the batch in progress, and one more, and the checkpoint.
-        needed_s = 2 * self.longest_s + self.expected_save_s()
-        if self.max_hours is not None and now_s - self.request.start_s + needed_s > 3600 * self.max_hours:
-            self.request.note(f"training.max_hours = {self.max_hours:g} is reached")
+        if self.max_hours is not None:
+            # Time for the batch in progress, and one more, and the checkpoint.
+            needed_s = 2 * self.longest_s + self.expected_save_s()
+            if now_s - self.request.start_s + needed_s > 3600 * self.max_hours:
+                self.request.note(f"training.max_hours = {self.max_hours:g} is reached")
 
 
 @contextmanager
