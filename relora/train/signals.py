@@ -27,7 +27,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_REQUEST_S = 2.0
 # A process that was interrupted, or has obeyed, may take so long to end by itself.
 UNWIND_S, OBEYED_S = 3.0, 30.0
-LAUNCHER_GONE_S = 2.5  # the run may take so long to stop in order when its launcher has died
+# When its launcher has died, a run may take so long to stop in order; a checkpoint that takes longer is left undone.
+LAUNCHER_GONE, LAUNCHER_GONE_S = "the launcher is gone", 2.5
 LAST_WORDS_S = 2.0  # status.json may be on a disk that hangs
 TICK_S = 0.25
 END_OF_PIPE = 0  # no signal has this number
@@ -120,7 +121,7 @@ class StopRequest:
         """Answer on the screen, notice that the launcher is gone, and end a process that does not end by itself."""
         now_s = time.monotonic()
         if self.reason is None and self._launcher not in (None, os.getppid()):
-            self.note("the launcher is gone", limit_s=LAUNCHER_GONE_S)
+            self.note(LAUNCHER_GONE)
             os.kill(self._pid, signal.SIGTERM)  # the handler interrupts the main thread
         if self.reason is not None and not self.obeyed:
             waits_s = now_s - self._received_s
@@ -131,7 +132,7 @@ class StopRequest:
                 _print(f"{self.reason}: stopping {how}" if os.environ.get("RANK", "0") == "0" else "")
             if not (self.postpones or self._is_handled) and TICK_S < waits_s < SAME_REQUEST_S:
                 signal.raise_signal(signal.SIGTERM)
-            if self.reason == "the launcher is gone" and self.seconds_left() == 0:
+            if self.reason == LAUNCHER_GONE and waits_s > LAUNCHER_GONE_S:
                 self.end(EXIT_STOPPED, "preempted", f"{self.reason}: ended at once")
         if self.reason is not None and not self.postpones:
             self._unwinding_s = min(self._unwinding_s, now_s)
