@@ -5,8 +5,11 @@ Each command is imported when it runs: `relora --help` and a mistake in a config
 
 import argparse
 import importlib
+import json
 import os
 import sys
+import time
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not {str(Path.cwd()), ""} & set(sys.path):
         sys.path.insert(0, str(Path.cwd()))
     try:
-        with stop_signals(), errors_for_launcher():
+        with errors_for_launcher(), stop_signals():
             run_command(options)
     except UserError as error:
         for problem in error.problems:
@@ -60,14 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def errors_for_launcher() -> Iterator[None]:
-    """Leave an error to torchrun, which then shows it below the reports of all that has ended, and its own."""
+    """Leave an error to torchrun, which shows that of the process that failed first at the end of its own report.
+
+    Its exit code is 1, whatever that of the processes is.
+    """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         if "TORCHELASTIC_ERROR_FILE" in os.environ:
-            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-            get_error_handler().record_exception(error)
+            is_ours = isinstance(error, UserError | Failed | Stopped)
+            message = f"relora: {error}" if is_ours else traceback.format_exc()
+            content = json.dumps({"message": message, "timestamp": int(time.time())})
+            with suppress(OSError):
+                Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(content)
         raise
 
 
