@@ -113,7 +113,8 @@ def test_a_signal_to_one_rank_ends_all_in_order(corpus: Path, tmp_path: Path) ->
         assert wait_until(lambda: launcher.poll() is not None, log) < 25
         assert launcher.returncode != 0
     assert_ended_in_order(config, "asked to stop")
-    assert log.read_text().count("relora: received SIGUSR1: ended after") == 1
+    # torchrun repeats, in its own report, what the process that ended first has said.
+    assert len(re.findall("^relora: received SIGUSR1: ended after", log.read_text(), re.MULTILINE)) == 1
     assert "exitcode  : 143" in log.read_text()
 
 
