@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -86,6 +87,8 @@ def forked(program: Callable[[], object]) -> Forked:
         os.setsid()
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
+        # Those of this process may be others, such as a test's.
+        sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
         result = program()
         code = result if isinstance(result, int) else 0
     except Stopped as stopped:
