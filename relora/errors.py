@@ -57,4 +57,4 @@ def disk_failure(error: OSError) -> str | None:
     if error.errno not in DISK_ERRORS:
         return None
     place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-    return f"{place}{error.strerror}; nothing else was lost, and the same command goes on when this is mended"
+    return f"{place}{error.strerror}; the same command goes on when this is mended"

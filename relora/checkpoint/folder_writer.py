@@ -11,7 +11,7 @@ from relora.checkpoint.format import FORMAT, MANIFEST, TEMPORARY_PREFIX, FileFac
 from relora.checkpoint.load import read_manifest
 from relora.checkpoint.safetensors_stream import write_tensors
 from relora.engines.state_entry import Entry
-from relora.files import publish_folder, share, write_json
+from relora.files import link_or_copy, publish_folder, write_json
 
 SHARD_BYTES, MIB = 2**30, 2**20
 
@@ -68,7 +68,7 @@ class FolderWriter:
         manifest = read_manifest(frozen.source)
         files = {name: facts for name, facts in manifest.files.items() if facts.group in frozen.groups}
         for name in files:
-            share(frozen.source / name, self.temporary / name)
+            link_or_copy(frozen.source / name, self.temporary / name)
         self.files |= files
         self.tensors |= {name: file for name, file in manifest.tensors.items() if file in files}
 

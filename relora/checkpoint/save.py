@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from relora.checkpoint.folder_writer import FolderWriter, FrozenFiles
+from relora.checkpoint.folder_writer import MIB, FolderWriter, FrozenFiles
 from relora.checkpoint.format import (
     BASE,
     BUFFERS,
@@ -44,7 +44,6 @@ from relora.method.names import named_parameters
 
 FIRST_CHECKPOINT_S = 20.0
 MAX_FAILED_IN_A_ROW = 3
-MIB = 2**20
 
 
 class Checkpoints:

@@ -10,6 +10,7 @@ from relora.config import Config
 from relora.config.derived import lora_config
 from relora.forecast.dry_run import DryRun, fake, fake_model
 from relora.forecast.engine_costs import Launch, ModelBytes, Shares, model_bytes, num_master_shards, shares_of
+from relora.method.choices import BaseDtype
 from relora.method.parameter_report import ParameterReport, parameter_report
 from relora.train.stages import Stage
 
@@ -86,13 +87,21 @@ def stage_memory(stage: Stage, config: Config, launch: Launch, model: StageModel
     level = sum(between.values())
     merges = stage.is_low_rank and config.training.method == "relora" and config.relora.restart_every is not None
     is_sharded = shares.weights < 1
+    masters = exact_master(stage, config, model.parameter_report, launch)
+    save_host = model.largest_tensor if launch.on_gpu else 0
+    if config.training.async_save:
+        num_shards = num_master_shards(config, launch)
+        all_masters = num_shards * sum(masters.values()) if num_shards > 1 else 0
+        save_host += copies_of_a_save(
+            model, dry_run, masters=all_masters, base_dtype=config.lora.base_dtype, is_sharded=is_sharded
+        )
     return StageMemory(
         stage=stage.name,
         device=between | at_peak(dry_run, shares, trained=model.num_bytes.trained),
-        host=exact_master(stage, config, model.parameter_report, launch),
+        host=masters,
         restart=level + math.ceil(dry_run.merge * shares.weights) if merges else None,
         save=level + (model.largest_tensor if is_sharded else 0),  # gathered one at a time
-        save_host=save_in_host_memory(stage, config, launch, model, optimizer_state=dry_run.optimizer_state),
+        save_host=save_host,
     )
 
 
@@ -141,27 +150,24 @@ def exact_master(stage: Stage, config: Config, report: ParameterReport, launch: 
     return {f"exact fp32 master{where}": math.ceil(4 * num_entries / num_master_shards(config, launch))}
 
 
-def save_in_host_memory(
-    stage: Stage, config: Config, launch: Launch, model: StageModel, *, optimizer_state: int
+def copies_of_a_save(
+    model: StageModel, dry_run: DryRun, *, masters: int, base_dtype: BaseDtype, is_sharded: bool
 ) -> int:
-    """Bytes of the copies from which a checkpoint is written, in the host memory of the first process.
+    """Bytes of the copies in the host memory of the first process from which a thread writes a checkpoint.
 
-    In the background: of all that is trained with its optimizer state, and of what is frozen and sharded. Otherwise of
-    one tensor at a time, where it comes from a GPU.
+    Of all that is trained, with its optimizer state, and of frozen weights that no process holds whole.
+
+    Args:
+        masters: bytes of all exact masters, if they are sharded; else 0.
+        is_sharded: whether the weights that the model computes with are.
     """
-    one_tensor = model.largest_tensor if launch.on_gpu else 0
-    if not config.training.async_save:
-        return one_tensor
-    report, wrapped_shards = model.parameter_report, 1
-    masters = exact_master(stage, config, report, launch)
-    if masters:
-        wrapped_shards = num_master_shards(config, launch)
-    is_sharded = shares_of(launch, config, model.num_bytes).weights < 1
-    copies = model.num_bytes.trained + optimizer_state + model.num_buffer_bytes
-    if is_sharded or wrapped_shards > 1:
-        num_entries = sum(d_out * d_in for d_out, d_in in report.wrapped_layers.values())
-        copies += 4 * num_entries if masters else report.wrapped.num_bytes
-    return copies + (report.frozen.num_bytes if is_sharded else 0) + one_tensor
+    report = model.parameter_report
+    copies = model.num_bytes.trained + dry_run.optimizer_state + model.num_buffer_bytes + masters
+    if is_sharded:
+        copies += report.frozen.num_bytes
+        # Quantized weights are saved beside their masters; bf16 weights follow from them.
+        copies += 0 if masters and base_dtype == "bfloat16" else report.wrapped.num_bytes
+    return copies
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from relora.checkpoint.folder_writer import FolderWriter
 from relora.checkpoint.load import checkpoint_problems, complete_checkpoints, open_checkpoint
 from relora.checkpoint.run_folder import RunFolder
 from relora.checkpoint.save import MAX_FAILED_IN_A_ROW, Checkpoints
@@ -140,6 +142,23 @@ def test_a_run_that_saves_in_the_background_writes_the_same_bytes(corpus: Path, 
         train(config(corpus, run, training__async_save=in_background, training__save_steps=2))
     assert hashes(runs[True]) == hashes(runs[False])
     assert len(complete_checkpoints(RunFolder(runs[True]).checkpoints)) == 6
+
+
+def test_a_restart_waits_for_the_save_that_reads_the_weights_which_it_changes(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Restarts at 7 and 10. The save of step 6 is the first of its cycle: it writes the frozen weights.
+    settings = {"training__save_steps": 6, "training__max_steps": 9}
+    train(config(corpus, tmp_path / "within", training__async_save=False, **settings))
+    reserve = FolderWriter.reserve
+
+    def slowly(writer: FolderWriter, num_bytes: int) -> None:
+        time.sleep(1)  # far longer than an update
+        reserve(writer, num_bytes)
+
+    monkeypatch.setattr(FolderWriter, "reserve", slowly)
+    train(config(corpus, tmp_path / "background", **settings))
+    assert hashes(tmp_path / "background") == hashes(tmp_path / "within")
 
 
 def test_a_run_trains_through_a_full_disk_and_says_at_the_end_that_its_last_checkpoint_is_missing(
