@@ -1,7 +1,9 @@
 """From canonical tensors to a model, for training and for export."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +14,11 @@ from relora.config import Config, UserError
 from relora.config.derived import lora_config
 from relora.engines import Engine
 from relora.method.inject import inject_lora, merge_lora
-from relora.method.lora import factor_names
+from relora.method.lora import factor_names, wrapped_names
 from relora.method.names import canonical, named_parameters
 from relora.method.store import Store, TorchStore
+from relora.method.targets import modules_in_full, task_heads
+from relora.method.usage import ModelUsage, usage_of_wrapped
 from relora.model.model import build_model, empty_model, skeleton
 from relora.model.tasks import Task
 
@@ -71,17 +75,31 @@ def _merged(state: State, config: Config, hf_config: PretrainedConfig, task: Tas
     """The plain model of one state."""
     model = empty_model(config.model, hf_config, task)
     if state.stage == "low_rank":
-        inject_lora(model, replace(lora_config(config), base_dtype=None))  # a checkpoint holds the exact weights
+        # A checkpoint says which layers are wrapped, and holds the exact weights.
+        usage = ModelUsage(unfit=usage_of_wrapped(model, wrapped_names(state.weights.names)))
+        inject_lora(model, replace(lora_config(config), base_dtype=None), usage=usage)
     load_weights(model, state.weights, TorchStore())
     if state.stage == "low_rank":
         merge_lora(model)
     return model
 
 
+def trained_heads(model: nn.Module, config: Config) -> set[str]:
+    """Names of the parameters in heads that train in full: pretrained weights of a body alone do not have them."""
+    training, in_full = config.training, task_heads(model)
+    if training.method != "full" and not config.relora.warm_start_steps:
+        heads, wanted = set(in_full), modules_in_full(model, lora_config(config))
+        in_full = [module for module in wanted if module.split(".")[0] in heads]
+    pattern = training.trainable if training.method == "full" else None
+    names = {name for name, _ in model.named_parameters() if name.startswith(tuple(f"{module}." for module in in_full))}
+    return {name for name in names if pattern is None or re.search(pattern, name)}
+
+
 def first_weights(config: Config, hf_config: PretrainedConfig, engine: Engine) -> Weights:
     """The weights that a run begins with, drawn or downloaded by process 0 alone; taking one sends it to all."""
     if engine.world.process_index == 0:
-        model = build_model(config.model, hf_config, engine.task, seed=config.seed)
+        fresh = partial(trained_heads, config=config)
+        model = build_model(config.model, hf_config, engine.task, seed=config.seed, may_lack=fresh)
     else:
         model = skeleton(config.model, hf_config, engine.task)
     tensors = {name: parameter.detach() for name, parameter in named_parameters(model).items()}

@@ -16,7 +16,7 @@ from relora.forecast.forecast import Forecast, forecast
 from relora.forecast.memory import RESERVED_SHARE
 from relora.model.model import load_hf_config
 from relora.model.tasks import task_of
-from relora.train.preflight import model_problems
+from relora.train.preflight import check_model
 
 MIB = 2**20
 TITLES = {"full_rank": "full rank", "low_rank": "low rank"}
@@ -46,7 +46,8 @@ def plan(
     raise_if_any(problems)
     hf_config = load_hf_config(config.model, task_of(config))
     config = config.model_copy(update={"model": with_known_attention(config.model)})
-    raise_if_any(model_problems(config, hf_config, task_of(config)))
+    _, problems = check_model(config, hf_config, task_of(config))
+    raise_if_any(problems)
     result = forecast(config, hf_config, launch, device_gib=device_gib)
     print("\n".join(page(result)))
     if json_path is not None:

@@ -47,7 +47,9 @@ def accumulation_steps(config: Config, num_processes: int) -> int:
 def lora_config(config: Config) -> LoRAConfig:
     """The settings of the wrapped layers; `auto` is resolved by whether the model is pretrained."""
     lora, pretrained = config.lora, config.model.name_or_path is not None
+    # null trains nothing in full, not even the head of a classifier.
     auto: Any = None if pretrained else "rest"
+    modules_to_save = auto if lora.modules_to_save == "auto" else lora.modules_to_save or ()
     return LoRAConfig(
         r=lora.r,
         lora_alpha=lora.lora_alpha,
@@ -56,7 +58,7 @@ def lora_config(config: Config) -> LoRAConfig:
         bias=lora.bias,
         target_modules=lora.target_modules,
         base_dtype=lora.base_dtype,
-        modules_to_save=auto if lora.modules_to_save == "auto" else lora.modules_to_save,
+        modules_to_save=modules_to_save,
         forward=lora.forward,
         keep_merged=lora.keep_merged,
     )

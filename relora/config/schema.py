@@ -104,12 +104,13 @@ class LoraSection(Section):
     bias: Bias = Field("none", description="biases that train in full; lora_only: those of wrapped layers")
     target_modules: Name | Annotated[tuple[Name, ...], Field(min_length=1, strict=False)] = Field(
         "all-linear",
-        description="PEFT's rules: all-linear (without the output head), a list of suffixes, or a regex",
+        description="PEFT's rules: all-linear (without heads and layers that cannot be wrapped; a run lists them), "
+        "a list of suffixes, or a regex",
     )
     modules_to_save: Literal["auto"] | Annotated[tuple[Name, ...], Field(strict=False)] | None = Field(
         "auto",
-        description="modules that train in full; auto: none when continuing a pretrained model, "
-        "from scratch every parameter that is not a wrapped weight",
+        description="modules that train in full; auto: none but the head of a classifier when continuing a pretrained "
+        "model, from scratch every parameter that is not a wrapped weight",
     )
     base_dtype: BaseDtype = Field(
         "float32",

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from relora.data import Batch
 from relora.engines.state_entry import Entry
 from relora.engines.world import World
+from relora.method.choices import CacheSpan
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.method.restart import RestartReport, restart
@@ -76,6 +77,8 @@ class Engine(ABC):
         num_states: number of processes that train parameters of their own; 1 if all train the same.
         splits_masters: whether the exact masters of coarsely stored weights (bf16, int8, nf4) are sharded.
         reduces_gradients: whether processes exchange the gradients of an update.
+        some_gradients_missing: whether a batch may leave some trained parameters without a gradient (experts). Set
+            before `prepare`.
     """
 
     name: str
@@ -84,6 +87,7 @@ class Engine(ABC):
     num_states = 1
     splits_masters = True
     reduces_gradients = True
+    some_gradients_missing = False
 
     def __init__(self, world: World, task: Task, *, mixed_precision: str, max_grad_norm: float | None) -> None:
         self.world, self.task = world, task
@@ -263,12 +267,13 @@ class Engine(ABC):
         state.optimizer.state.clear()
 
 
-def restrict_layers(model: nn.Module, *, can_cache: bool, can_group: bool) -> None:
+def restrict_layers(model: nn.Module, *, cache_span: CacheSpan, can_group: bool) -> None:
     """Tell the wrapped layers what the engine's handling of their parameters allows.
 
     Args:
-        can_cache: W + delta may be cached between calls: W stays whole, and writes to the factors are counted.
+        cache_span: how long W + delta may be cached (`LoRALinear`): "update" if W stays whole, and writes to the
+            factors are counted.
         can_group: layers that read the same input may be computed together: all are whole at the same time.
     """
     for layer in lora_layers(model).values():
-        layer.can_cache, layer.can_group = can_cache, can_group
+        layer.cache_span, layer.can_group = cache_span, can_group

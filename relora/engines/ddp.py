@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from relora.config import Config
-from relora.engines.base import Engine, TrainState
+from relora.engines.base import Engine, TrainState, restrict_layers
 from relora.engines.sharded_store import ReplicatedStore
 from relora.engines.world import World
 from relora.model.tasks import Task
@@ -32,6 +32,7 @@ class OneProcessEngine(Engine):
 
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> TrainState:
         model.to(self.world.device)
+        restrict_layers(model, cache_span="update", can_group=True)
         return TrainState(model=model, parallel_model=self.parallelize(model), optimizer=build_optimizer(model))
 
     def parallelize(self, model: nn.Module) -> nn.Module:
@@ -58,6 +59,7 @@ class DDPEngine(OneProcessEngine):
             forward_sync_buffers=False,
             # Nor are the weights sent now: they are written afterwards, the same on every process.
             init_sync=False,
+            find_unused_parameters=self.some_gradients_missing,
         )
 
     def gradient_sync(self, state: TrainState, *, is_last: bool) -> AbstractContextManager[None]:

@@ -52,7 +52,7 @@ class DeepSpeedEngine(Engine):
 
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> TrainState:
         # ZeRO writes factors through flat buffers, which counts no versions; ZeRO-3 gathers one module at a time.
-        restrict_layers(model, can_cache=False, can_group=self.zero_stage < 3)
+        restrict_layers(model, cache_span="none", can_group=self.zero_stage < 3)
         optimizer = build_optimizer(model)
         if self._use_deepspeed_adamw:
             optimizer = self._deepspeeds_adamw(optimizer)

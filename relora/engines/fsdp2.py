@@ -125,7 +125,7 @@ class FSDP2Engine(Engine):
             "offload_policy": offload if self._options.cpu_offload else OffloadPolicy(),
         }
         # A cached W + delta would outlive the gathered unit. Layers of one unit are whole together.
-        restrict_layers(model, can_cache=False, can_group=True)
+        restrict_layers(model, cache_span="none", can_group=True)
         if self._options.activation_checkpointing:
             recompute_activations(model)
         self._units = self._options.units(model)  # before fully_shard, which renames their classes

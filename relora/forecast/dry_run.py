@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from relora.config import Config, ModelSection, UserError
 from relora.data.batches import NO_TOKENS, Batch
 from relora.engines import TrainState, World
+from relora.engines.base import restrict_layers
 from relora.engines.ddp import OneProcessEngine
 from relora.method.kernels import CPU_LAYOUT, GPU_LAYOUT, layout
 from relora.method.lora import lora_layers
@@ -135,6 +136,8 @@ def fake_model(stage: Stage, config: Config, hf_config: PretrainedConfig) -> Pre
     """The model of a stage, as a run builds it. Call within `fake`."""
     model = empty_model(with_known_attention(config.model), hf_config, task_of(config))
     make_trainable(model, stage, config)
+    # As the engine prepares it; where one cannot cache, `config` says so.
+    restrict_layers(model, cache_span="update", can_group=True)
     return model
 
 

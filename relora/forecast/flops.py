@@ -15,8 +15,8 @@ from relora.config import Config
 from relora.config.derived import lora_config
 from relora.forecast.dry_run import example_batch, fake, fake_batch, fake_model
 from relora.method.choices import Forward, Route
-from relora.method.lora import is_linear
 from relora.method.parameter_report import parameter_report
+from relora.method.plain_layers import is_linear
 from relora.method.routes import choose_route, factored_flops, form_cost, full_rank_flops, merged_flops
 from relora.model.tasks import task_of
 from relora.train.stages import Stage

@@ -4,6 +4,7 @@ from typing import Literal
 
 BaseDtype = Literal["float32", "bfloat16", "int8", "nf4"]
 Bias = Literal["none", "all", "lora_only"]
+CacheSpan = Literal["none", "pass", "update"]
 Forward = Literal["auto", "merged", "factored"]
 OptimizerName = Literal["adamw", "adamw_fused", "adamw_8bit"]
 ReinitName = Literal["kaiming", "orthogonal"]

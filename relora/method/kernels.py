@@ -278,12 +278,12 @@ def _times_A(x: Tensor, As: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 
 class _AddFrozen(torch.autograd.Function):
-    """low (rows, d_out) + x W^T for a frozen W. Saves W as it is stored, and x not at all."""
+    """low (rows, d_out) + x W^T for a frozen W. Saves W as it is stored, and x only if W trains."""
 
     @staticmethod
     def forward(ctx: Any, static: tuple[WeightFormat, bool], x: Tensor, weight: Tensor, low: Tensor) -> Tensor:
         ctx.static = static
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(weight, x if ctx.needs_input_grad[2] else None)
         weight_format, transposed = static
         W = frozen_weight(weight, weight_format, x.dtype)
         return product(x, W if transposed else W.T, added=low)
@@ -291,9 +291,12 @@ class _AddFrozen(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if not ctx.needs_input_grad[1]:
-            return None, None, None, dy
-        [weight], (weight_format, transposed) = ctx.saved_tensors, ctx.static
+        (weight, x), (weight_format, transposed) = ctx.saved_tensors, ctx.static
+        dx = dW = None
         with no_autocast(dy.device.type):
-            W = frozen_weight(weight, weight_format, dy.dtype)
-            return None, product(dy, W.T if transposed else W), None, dy
+            if x is not None:
+                dW = x.T @ dy if transposed else dy.T @ x
+            if ctx.needs_input_grad[1]:
+                W = frozen_weight(weight, weight_format, dy.dtype)
+                dx = product(dy, W.T if transposed else W)
+        return None, dx, dW, dy

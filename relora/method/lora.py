@@ -5,60 +5,27 @@ B (d_out, r). The update is delta = scale * B @ A.
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from relora.method.base_weights import WeightFormat
-from relora.method.choices import BaseDtype, Bias, Forward, Route
+from relora.method.choices import BaseDtype, Bias, CacheSpan, Forward, Route
+from relora.method.delta import lora_delta
 from relora.method.kernels import Projection, compute_dtype, project, project_dropped
+from relora.method.masters import add_master, take_master
 from relora.method.names import canonical
+from relora.method.plain_layers import is_conv1d, return_attributes, share_attributes
 from relora.method.routes import layer_route, merge_problem
 from relora.method.store import Shard
 
 if TYPE_CHECKING:
     from relora.method.merged_cache import MergedWeightCache
     from relora.method.siblings import SiblingGroup
-
-
-def lora_delta(A: Tensor, B: Tensor, scale: float, *, transposed: bool, rows: slice = slice(None)) -> Tensor:
-    """scale * B @ A in the layout of the weight, in at least fp32 whatever surrounds the call.
-
-    Args:
-        A: (r, d_in).
-        B: (d_out, r).
-        rows: of the weight, for a process that holds only these.
-
-    Returns:
-        (d_out, d_in), or (d_in, d_out) if `transposed`; fewer rows with `rows`.
-    """
-    if transposed:
-        A = A[:, rows]
-    else:
-        B = B[rows]
-    dtype = torch.promote_types(A.dtype, torch.float32)
-    with _full_precision(A.device.type):
-        delta = (B.to(dtype) @ A.to(dtype)).mul_(scale)
-    return delta.T if transposed else delta
-
-
-@contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
-    """Disable autocast and TF32: either would round an update to 8 or 10 bits."""
-    # Not allow_tf32: reading it raises once anyone has set fp32_precision, and writing it back undoes "medium".
-    matmul = torch.backends.cuda.matmul
-    precision = matmul.fp32_precision
-    matmul.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device_type, enabled=False):
-            yield
-    finally:
-        matmul.fp32_precision = precision
 
 
 FACTORS = ("lora_A", "lora_B")
@@ -73,15 +40,15 @@ class LoRAConfig:
         lora_alpha: scale = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732).
         lora_dropout: dropout on the input of A, in [0, 1).
         bias: which biases train in full: none, all, or lora_only (those of wrapped layers).
-        target_modules: "all-linear" (every linear layer but the output head), a regex that a module's whole
-            name must match, or names and suffixes of names.
+        target_modules: "all-linear" (every linear layer but heads and those that cannot be wrapped, which are reported
+            as left out), a regex that a module's whole name must match, or names and suffixes of names.
         modules_to_save: modules that train in full, by name or suffix; "rest" for every parameter that is
-            not a wrapped weight; None for none.
+            not a wrapped weight; None for the head of a classifier alone; () for none.
         base_dtype: how the frozen weights are stored; None for their own dtype. If it is coarser than float32, an
             exact fp32 master of each weight is held in host memory.
         forward: merged (one product with W + delta), factored (x A^T B^T beside x W^T), or auto: the cheaper.
-        keep_merged: cache W + delta of the merged route until W or the factors change, instead of forming it in
-            both passes. For models whose parameters torch's optimizers write (`LoRALinear.can_cache`).
+        keep_merged: cache W + delta of the merged route for the backward pass instead of forming it again; for longer
+            where an engine sets `LoRALinear.cache_span`.
     """
 
     r: int = 128
@@ -121,7 +88,7 @@ class LoRALinear(nn.Module):
 
     `weight` and `bias` are the parameters of the wrapped layer and keep their names. A and B are float32
     (float64 around a float64 weight). B begins at zero, A as torch draws it; `inject_lora` and `restart`
-    draw A from a key instead.
+    draw A from a key instead. `state_dict()` has the master beside them, as `master`.
 
     Attributes:
         weight: W as it is stored: of its own shape, or quantized and flat.
@@ -134,8 +101,10 @@ class LoRALinear(nn.Module):
             `exact_weights`.
         siblings: the layers that it is computed together with, if there are any.
         cache: of W + delta, if the model keeps it (`attach_caches`).
-        can_cache: writes to W, A and B are seen by torch's version counters or end in a step of a torch optimizer, and
-            W stays whole between passes. An engine for which this does not hold sets it to False.
+        cache_span: how long the cache holds W + delta. "pass": from a forward pass to its own backward pass, so that
+            no write between passes is ever missed. "update": until W, A or B changes, which an engine sets where all
+            writes are seen by torch's version counters or end in a step of a torch optimizer. "none": not at all,
+            where W is not whole between the passes.
         can_group: the parameters are whole while a sibling computes. An engine that gathers one layer at a time sets
             it to False.
     """
@@ -143,7 +112,7 @@ class LoRALinear(nn.Module):
     bias: nn.Parameter | None
 
     def __init__(self, plain: nn.Module, config: LoRAConfig) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # also where nn.Linear is a base: it would make a weight
         weight, bias = cast(nn.Parameter, plain.weight), cast(nn.Parameter | None, plain.bias)
         self.transposed = is_conv1d(plain)
         d_out, d_in = reversed(weight.shape) if self.transposed else weight.shape
@@ -154,6 +123,7 @@ class LoRALinear(nn.Module):
         # The same parameter where nothing is rounded: other modules may hold it.
         is_same = (stored.dtype, stored.shape) == (weight.dtype, weight.shape)
         self.weight = weight if is_same else nn.Parameter(stored, requires_grad=False)
+        vars(self.weight).update(vars(weight))  # what was set on it
         self.master: Shard | None = None
         if self.weight_format.needs_master:
             exact = weight.detach().float()
@@ -167,22 +137,25 @@ class LoRALinear(nn.Module):
         self.override: Tensor | None = None
         self.siblings: SiblingGroup | None = None
         self.cache: MergedWeightCache | None = None
-        self.can_cache = self.can_group = True
+        self.cache_span: CacheSpan = "pass"
+        self.can_group = True
         self.route(1, dtype)  # raises if the merged route is asked for and impossible
         # The plain layer is kept outside of the module tree, without parameters: fully_shard replaces those of the
         # tree, and a second reference would keep the whole weight in memory.
-        plain.register_parameter("weight", None)
-        plain.register_parameter("bias", None)
         self.__dict__["_plain"] = plain
         self._plain_dtype = weight.dtype
+        self._own = frozenset({"_own", *vars(self)})
+        share_attributes(plain, self)
+        plain.register_parameter("weight", None)
+        plain.register_parameter("bias", None)
 
-    @classmethod
-    def from_linear(cls, plain: nn.Module, config: LoRAConfig) -> "LoRALinear":
+    @staticmethod
+    def from_linear(plain: nn.Module, config: LoRAConfig) -> "LoRALinear":
         """Wrap `plain` and freeze its weight.
 
         `weight` is then the very parameter of `plain`, unless `config.base_dtype` stores it otherwise.
         """
-        layer = cls(plain, config)
+        layer = (LoRALinear if is_conv1d(plain) else _LoRAnnLinear)(plain, config)
         layer.weight.requires_grad_(False)
         return layer
 
@@ -196,9 +169,52 @@ class LoRALinear(nn.Module):
         if weight.dtype != self._plain_dtype or self.master is not None:
             exact = self.weight if self.master is None else self.master.values.view(self.weight_format.shape)
             weight = nn.Parameter(exact.to(weight.device, self._plain_dtype, copy=True), requires_grad=False)
+            vars(weight).update(vars(self.weight))
         plain.register_parameter("weight", weight)
         plain.register_parameter("bias", self.bias)
+        return_attributes(self, plain, own=self._own)
         return plain
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "LoRALinear":
+        """`.to()`, `.half()` and the like, of W as of a plain layer, unless `base_dtype` says how it is stored.
+
+        The master stays in host memory, and A and B stay float32, or are float64 around a float64 weight.
+        """
+        W = self.weight
+        self._plain_dtype = fn(torch.empty(0, dtype=self._plain_dtype, device=W.device)).dtype
+        of_factors = torch.promote_types(self._plain_dtype, torch.float32)
+        wanted = {self.lora_A: of_factors, self.lora_B: of_factors}
+        if self.weight_format.name is not None:
+            wanted[W] = W.dtype
+        # The tensors themselves stand in it too, so that no other one takes an id.
+        by_id = {id(t): (t, dtype) for p, dtype in wanted.items() for t in (p, p.grad) if t is not None}
+
+        def applied(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            _, dtype = by_id.get(id(tensor), (tensor, new.dtype))
+            return new if new.dtype == dtype else tensor.to(new.device, dtype)
+
+        super()._apply(applied, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        add_master(self, destination, prefix)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """As in any module, and the master, from a state of whatever format."""
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        rest = take_master(self, state_dict, prefix, assign=assign, missing=missing_keys, errors=error_msgs)
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d_in) -> (..., d_out)."""
@@ -213,25 +229,29 @@ class LoRALinear(nn.Module):
 
     def projection(self, x: Tensor) -> Projection:
         """This layer's product with x (..., d_in), for the kernels, by the route that such a call takes."""
-        dtype, cache = compute_dtype(x), self.active_cache
-        route = self.route(x.numel() // self.in_features, dtype, with_gradients=torch.is_grad_enabled())
+        dtype, cache, with_gradients = compute_dtype(x), self.active_cache, torch.is_grad_enabled()
+        route, outlives = self.route(x.numel() // self.in_features, dtype), self.cache_span == "update"
         weight, weight_format = cast(Tensor, self.weight), self.weight_format
         if self.override is not None:
             weight, weight_format = self.override, WeightFormat(None, weight_format.shape)
         tensors = (weight, self.bias, self.lora_A, self.lora_B)
         projection = Projection(*tensors, None, weight_format, self.scale, self.transposed, route)
-        if cache is None or route == "factored":
+        if cache is None or route == "factored" or not (with_gradients or outlives):
             return projection
-        return replace(projection, merged=cache.get((weight, self.lora_A, self.lora_B), dtype, projection.form))
+        parameters = weight, self.lora_A, self.lora_B
+        return replace(projection, merged=cache.get(parameters, dtype, projection.form, keep=outlives))
 
-    def route(self, num_tokens: int, dtype: torch.dtype, *, with_gradients: bool = True) -> Route:
+    def route(self, num_tokens: int, dtype: torch.dtype, *, with_gradients: bool | None = None) -> Route:
         """The route of a call with `num_tokens` tokens that computes in `dtype`.
 
         Raises:
             ValueError: the merged route is asked for, and W is no longer stored exactly.
         """
+        with_gradients = torch.is_grad_enabled() if with_gradients is None else with_gradients
         cache, num_forms = self.active_cache, 1.0 + with_gradients
-        if cache is not None:
+        if cache is not None and self.cache_span == "pass":
+            num_forms = 1.0
+        elif cache is not None:
             is_fresh = cache.get((self.weight, self.lora_A, self.lora_B), dtype) is not None
             num_forms = 1.0 - is_fresh
         # Dynamo warns of lru_cache, and traces what it wraps.
@@ -254,7 +274,7 @@ class LoRALinear(nn.Module):
     @property
     def active_cache(self) -> "MergedWeightCache | None":
         """The cache of W + delta, where it may be used; a compiled graph cannot hold one."""
-        return self.cache if self.can_cache and not torch.compiler.is_compiling() else None
+        return None if self.cache_span == "none" or torch.compiler.is_compiling() else self.cache
 
     def delta(self) -> Tensor:
         """scale * B @ A in the layout of `weight`, formed in fp32 (float64 around a float64 weight)."""
@@ -264,30 +284,22 @@ class LoRALinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, r={self.r}, scale={self.scale:g}"
 
 
+class _LoRAnnLinear(LoRALinear, nn.Linear):  # type: ignore[misc]
+    """Around an nn.Linear: still one to code that looks for linear layers, such as transformers' for a dtype."""
+
+
 _cached_route = lru_cache(maxsize=1024)(layer_route)
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D (GPT-2), whose weight is (d_in, d_out). Known by name, not imported."""
-    return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether this computes x W^T + bias and nothing else, so that LoRALinear can stand in its place.
-
-    Not so for a subclass with a forward of its own (a router, a quantized layer), nor for a layer whose weight is
-    computed at each access (a parametrization): wrapped, they would compute something else.
-    """
-    if not isinstance(module.__dict__.get("_parameters", {}).get("weight"), nn.Parameter):
-        return False
-    if type(module).__module__ == "transformers.models.falcon.modeling_falcon":
-        return type(module).__name__ == "FalconLinear"  # its own forward computes the same product
-    return is_conv1d(module) or (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
 
 
 def factor_names(model: nn.Module) -> set[str]:
     """Canonical names of the A and B of every wrapped layer."""
     return {f"{name}.{which}" for name in lora_layers(model) for which in FACTORS}
+
+
+def wrapped_names(names: Iterable[str]) -> set[str]:
+    """The wrapped layers of a model with parameters of these names, such as those of a checkpoint."""
+    ending = f".{FACTORS[0]}"
+    return {name.removesuffix(ending) for name in names if name.endswith(ending)}
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from relora.method.lora import LoRALinear, lora_delta
+from relora.method.delta import lora_delta
+from relora.method.lora import LoRALinear
 from relora.method.store import Shard, Store
 
 

@@ -41,8 +41,8 @@ class MergedWeightCache:
 
     It is stale once an optimizer has made a step, or W, A or B was written or replaced. Steps are watched besides
     torch's version counters because fused optimizers write without counting. Other writes that no counter sees are not
-    noticed (`.data`; a checkpoint loaded into a model that fully_shard has sharded): an engine that makes them sets
-    `LoRALinear.can_cache` to False.
+    noticed (`.data`; a checkpoint loaded into a model that fully_shard has sharded). So only an engine that makes none
+    lets it outlive a pass (`LoRALinear.cache_span`).
     """
 
     def __init__(self, group: CacheGroup) -> None:
@@ -59,24 +59,33 @@ class MergedWeightCache:
         parameters: Iterable[Tensor],
         dtype: torch.dtype,
         form: Callable[[torch.dtype], Tensor] | None = None,
+        *,
+        keep: bool = True,
     ) -> Tensor | None:
         """Return the cached W + delta if it is fresh, else cache and return `form(dtype)`, or None without `form`.
 
         Args:
             parameters: W as it is stored, A and B.
             dtype: of the W + delta that is wanted.
+            keep: False for a new one that nothing but its caller holds.
         """
-        # A weak reference to a storage never equals that of a later one; its address might.
-        storages = [(StorageWeakRef(p.untyped_storage()), p) for p in parameters]  # type: ignore[no-untyped-call]
-        key = (dtype, *((storage, p.storage_offset(), p._version) for storage, p in storages))
-        if self._key != key:
+        tensors, key = list(parameters), None
+        if keep:
+            # A weak reference to a storage never equals that of a later one; its address might.
+            storages = [StorageWeakRef(p.untyped_storage()) for p in tensors]  # type: ignore[no-untyped-call]
+            key = dtype, *((at, p.storage_offset(), p._version) for at, p in zip(storages, tensors, strict=True))
+            if self._key == key:
+                return self._merged
             if form is None:
                 return None
-            self._key = self._merged = None  # before forming, so that only one is in memory
-            with torch.no_grad(), no_autocast(storages[0][1].device.type):
-                self._merged = form(dtype)
-            self._key = key
-        return self._merged
+        assert form is not None
+        self._key = self._merged = None  # before forming, so that only one is in memory
+        # In an evaluation under inference_mode it would be a tensor that no later backward pass may save.
+        with torch.inference_mode(mode=False), torch.no_grad(), no_autocast(tensors[0].device.type):
+            merged = form(dtype)
+        if keep:
+            self._key, self._merged = key, merged
+        return merged
 
     def drop(self) -> None:
         """Free W + delta; the next `get` that is to form it does so."""

@@ -19,8 +19,24 @@ def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter once, by canonical name, in the model's order.
 
     A tied parameter stands under the first of its names.
+
+    Raises:
+        ValueError: two parameters have one canonical name: one of them would neither be trained nor saved.
     """
-    return {canonical(name): parameter for name, parameter in model.named_parameters()}
+    found = [(canonical(name), parameter) for name, parameter in model.named_parameters()]
+    parameters = dict(found)
+    if len(parameters) < len(found):
+        [name, both], *_ = colliding_names(model).items()
+        raise ValueError(f"two tensors have one name, {name}: {', '.join(both)}")
+    return parameters
+
+
+def colliding_names(model: nn.Module) -> dict[str, list[str]]:
+    """Each canonical name that stands for more than one parameter or buffer, with their own names."""
+    names: dict[str, list[str]] = {}
+    for name, _ in (*model.named_parameters(), *model.named_buffers()):
+        names.setdefault(canonical(name), []).append(name)
+    return {name: several for name, several in names.items() if len(several) > 1}
 
 
 def tied_names(model: nn.Module) -> dict[int, list[str]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 
 Shape = Callable[[nn.Parameter], torch.Size]
+LEFT_OUT = "_relora_left_out"  # attribute of a wrapped model
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class ParameterReport:
         full: trained in full.
         frozen: neither trained nor merged into; `frozen_names` lists them.
         wrapped_layers: name of a wrapped layer -> (d_out, d_in).
+        left_out: name of a linear layer that "all-linear" does not wrap -> the reason, a predicate.
     """
 
     wrapped: ParameterCount
@@ -47,24 +49,37 @@ class ParameterReport:
     frozen: ParameterCount
     wrapped_layers: dict[str, tuple[int, int]]
     frozen_names: list[str]
+    left_out: dict[str, str]
 
     def as_dict(self) -> dict[str, Any]:
         """For `parameters_<stage>.json` in the run folder."""
         return asdict(self)
 
     def table(self) -> str:
-        """One line a kind, to be read by people."""
+        """One line a kind, then one for each reason to leave layers out, to be read by people."""
         rows = {
             "wrapped (frozen, merged into at restarts)": self.wrapped,
             "LoRA factors (trained)": self.factors,
             "trained in full": self.full,
             "frozen for good": self.frozen,
         }
-        return "\n".join(
+        lines = [
             f"  {kind:<42}{count.num_tensors:>6} tensors {count.num_parameters:>14,} parameters "
             f"{count.num_bytes / 2**20:>10.1f} MiB"
             for kind, count in rows.items()
-        )
+        ]
+        return "\n".join([*lines, *(f"  not wrapped: {line}" for line in grouped(self.left_out))])
+
+
+def grouped(reasons: Mapping[str, str]) -> list[str]:
+    """One line for each reason, with the first of the layers that it holds for."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return [
+        f"{layers[0] or 'the model'} {reason}" + (f" (and {len(layers) - 1} more)" if len(layers) > 1 else "")
+        for reason, layers in names.items()
+    ]
 
 
 def parameter_report(model: nn.Module, shape: Shape = lambda p: p.shape) -> ParameterReport:
@@ -95,6 +110,8 @@ def parameter_report(model: nn.Module, shape: Shape = lambda p: p.shape) -> Para
         frozen=ParameterCount.of([*frozen.values()]),
         wrapped_layers={name: (layer.out_features, layer.in_features) for name, layer in layers.items()},
         frozen_names=list(frozen),
+        # The injected module keeps it, whatever it has been put into since.
+        left_out={name: why for module in model.modules() for name, why in vars(module).get(LEFT_OUT, {}).items()},
     )
 
 
@@ -104,6 +121,6 @@ def describe_routes(model: nn.Module, num_tokens: int, dtype: torch.dtype) -> st
     chosen = Counter(layer.route(num_tokens, dtype) for layer in layers)
     words = [f"{route} in {count} layers" for route, count in chosen.most_common()]
     if any(layer.cache is not None for layer in layers):
-        is_cached = all(layer.can_cache for layer in layers)
+        is_cached = all(layer.cache_span != "none" for layer in layers)
         words.append(f"W + delta is {'cached' if is_cached else 'not cached under this engine'}")
     return f"  forward: {', '.join(words)}"

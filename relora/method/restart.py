@@ -142,6 +142,8 @@ def check_layers(layers: Mapping[str, LoRALinear], store: Store) -> None:
     if not layers:
         raise ValueError("the model has no LoRA layers: a restart would do nothing")
     for name, layer in layers.items():
+        if layer.master is not None and layer.weight.requires_grad:
+            raise ValueError(f"{name}.weight trains, but its master does not learn what it learns, and replaces it")
         stored = layer.weight_format
         W = (stored.num_bytes(layer.weight.dtype),) if stored.is_quantized else stored.shape
         full = {"weight": W, "lora_A": (layer.r, layer.in_features), "lora_B": (layer.out_features, layer.r)}

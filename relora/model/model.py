@@ -3,7 +3,7 @@
 import copy
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -88,14 +88,24 @@ def skeleton(section: ModelSection, hf_config: PretrainedConfig, task: Task) -> 
         return _from_config(section, hf_config, task)
 
 
-def build_model(section: ModelSection, hf_config: PretrainedConfig, task: Task, *, seed: int) -> PreTrainedModel:
+def build_model(
+    section: ModelSection,
+    hf_config: PretrainedConfig,
+    task: Task,
+    *,
+    seed: int,
+    may_lack: Callable[[nn.Module], Collection[str]] = lambda _: (),
+) -> PreTrainedModel:
     """The model in float32 on the CPU: pretrained, or drawn from `seed`, the same in every process.
+
+    Args:
+        may_lack: the names of the parameters of a model that its pretrained weights may lack; they are drawn.
 
     Raises:
         UserError: the pretrained weights are incomplete.
     """
+    torch.manual_seed(seed)
     if section.name_or_path is None:
-        torch.manual_seed(seed)
         return _from_config(section, hf_config, task)
     model, loading = task.auto_class.from_pretrained(
         section.name_or_path,
@@ -105,7 +115,7 @@ def build_model(section: ModelSection, hf_config: PretrainedConfig, task: Task, 
         dtype=torch.float32,
         output_loading_info=True,
     )
-    missing = sorted(loading["missing_keys"])
+    missing = sorted({*loading["missing_keys"]} - {*may_lack(model)})
     if missing:
         raise UserError([f"{setting_of(section)}: lacks {len(missing)} weights of the model, such as {missing[0]}"])
     return without_cache(model)

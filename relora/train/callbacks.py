@@ -17,7 +17,8 @@ from relora.checkpoint.save import Checkpoints
 from relora.checkpoint.state import State
 from relora.data import eval_batches
 from relora.engines import Engine, TrainState
-from relora.method.lora import lora_delta, lora_layers
+from relora.method.delta import lora_delta
+from relora.method.lora import lora_layers
 from relora.model.generate import sample_text
 from relora.tracking.communication import Traffic
 from relora.tracking.tracker import Tracker

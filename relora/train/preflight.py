@@ -2,7 +2,7 @@
 
 0. the configuration itself, when it is loaded
 1. the launch, the files, the run folder
-2. the model: its positions, the layers to wrap, the parameters that would never be trained
+2. the model: its positions, how it uses its layers, those to wrap, the parameters that would never be trained
 3. the tokenizer and the data, which are prepared now if they are not there yet
 
 Each room says what is wrong with its part: `problems(...) -> list[str]`. One check comes later, as it needs weights:
@@ -10,6 +10,7 @@ whether the attention of the model leaks (`Task.leaks`).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ from relora.method.parameter_report import parameter_report
 from relora.method.registry import object_problems
 from relora.method.reinit import REINITS, Reinit
 from relora.method.reset import RESETS, Reset
+from relora.method.usage import ModelUsage, usage_in_source
 from relora.model.model import read_hf_config, read_skeleton
+from relora.model.probe import probe
 from relora.model.tasks import Task, task_of
 from relora.tracking.tracker import sink_problems
 from relora.train.run import Run, run_identity
@@ -49,10 +52,11 @@ def preflight(config: Config, *, extend: bool = False) -> Run:
     """
     task, folder = task_of(config), RunFolder(Path(config.output_dir))
     hf_config = _read_files(config, task, folder, extend=extend, launch=launch_problems(config))
-    raise_if_any(model_problems(config, hf_config, task))
+    usage, problems = check_model(config, hf_config, task)
+    raise_if_any(problems)
     data = _prepared_data(config, hf_config)
     identity = run_identity(config, hf_config)
-    return Run(config, hf_config, task=task, data=data, folder=folder, identity=identity)
+    return Run(config, hf_config, task=task, data=data, folder=folder, identity=identity, usage=usage)
 
 
 def prepare_data(config: Config) -> PreparedData:
@@ -77,15 +81,17 @@ def launch_problems(config: Config) -> list[str]:
     ]
 
 
-def model_problems(config: Config, hf_config: PretrainedConfig, task: Task) -> list[str]:
-    """Settings that do not fit the model, tried on a copy of it without memory."""
+def check_model(config: Config, hf_config: PretrainedConfig, task: Task) -> tuple[ModelUsage, list[str]]:
+    """How the model uses its layers, and the settings that do not fit it, tried on a copy of it without memory."""
     model, problems = read_skeleton(config.model, hf_config, task)
     if model is None:
-        return problems
-    return [
-        *relora.model.model.problems(model, config, task),
-        *(_trainable_problems(config, model) if config.training.method == "full" else _lora_problems(config, model)),
-    ]
+        return ModelUsage(), problems
+    problems = relora.model.model.problems(model, config, task)
+    usage = usage_in_source(model) if problems else probe(config, hf_config, task)
+    problems += [f"model: {problem}" for problem in usage.problems()]
+    if config.training.method == "full":
+        return usage, problems + _trainable_problems(config, model, usage)
+    return usage, problems + _lora_problems(config, model, replace(usage, written=()))
 
 
 def _read_files(
@@ -114,31 +120,31 @@ def _prepared_data(config: Config, hf_config: PretrainedConfig) -> PreparedData:
     return data
 
 
-def _trainable_problems(config: Config, model: PreTrainedModel) -> list[str]:
+def _trainable_problems(config: Config, model: PreTrainedModel, usage: ModelUsage) -> list[str]:
     """Method full: training.trainable matches nothing, or leaves random parameters out. Freezes parameters."""
     trainable = config.training.trainable
     try:
-        freeze_untrained(model, trainable)
+        freeze_untrained(model, trainable, usage)
     except ValueError as error:
         return [str(error)]
-    return _random_problems(config, model, "training.trainable", trainable)
+    return _random_problems(config, model, usage, "training.trainable", trainable)
 
 
-def _lora_problems(config: Config, model: PreTrainedModel) -> list[str]:
+def _lora_problems(config: Config, model: PreTrainedModel, usage: ModelUsage) -> list[str]:
     """Layers that cannot be wrapped or saved, or would never be trained. Wraps the layers of `model`."""
     lora = lora_config(config)
-    problems = relora.method.inject.problems(model, lora)
+    problems = relora.method.inject.problems(model, lora, usage)
     if problems:
         return [f"lora.{problem}" for problem in problems]
     if config.relora.warm_start_steps:
         return []  # the warm start trains every parameter
-    relora.method.inject.inject_lora(model, lora)
-    return _random_problems(config, model, "lora.modules_to_save", config.lora.modules_to_save)
+    relora.method.inject.inject_lora(model, lora, usage=usage)
+    return _random_problems(config, model, usage, "lora.modules_to_save", config.lora.modules_to_save)
 
 
-def _random_problems(config: Config, model: PreTrainedModel, key: str, value: Any) -> list[str]:
-    """Parameters of a model from scratch that nothing ever trains."""
-    names = parameter_report(model).frozen_names
+def _random_problems(config: Config, model: PreTrainedModel, usage: ModelUsage, key: str, value: Any) -> list[str]:
+    """Parameters of a model from scratch that nothing ever trains, though the loss depends on them."""
+    names = [name for name in parameter_report(model).frozen_names if name not in usage.idle | usage.frozen]
     if not names or config.model.name_or_path is not None:
         return []
     listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")

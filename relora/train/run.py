@@ -14,6 +14,7 @@ from relora.config.derived import fingerprint, identity, schedule_of
 from relora.data import PreparedData
 from relora.engines import is_first_on_node, launched_num_processes, launched_process_index, resume_problems
 from relora.method.schedule import Schedule
+from relora.method.usage import ModelUsage
 from relora.model.tasks import Task
 
 
@@ -24,6 +25,7 @@ class Run:
     Attributes:
         hf_config: the Hugging Face config of the model.
         identity: the settings that change the result, flat by key.
+        usage: how the model uses its layers and parameters.
     """
 
     config: Config
@@ -32,6 +34,7 @@ class Run:
     data: PreparedData
     folder: RunFolder
     identity: dict[str, Any]
+    usage: ModelUsage
 
     @property
     def vocab_size(self) -> int:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -17,12 +17,14 @@ from relora.config.derived import lora_config
 from relora.engines import Engine, TrainState
 from relora.method.choices import StageName
 from relora.method.inject import inject_lora
+from relora.method.lora import wrapped_names
 from relora.method.names import named_parameters
 from relora.method.optimizer import build_optimizer
 from relora.method.optimizer_state import Slot
 from relora.method.restart import start_factors
 from relora.method.schedule import Schedule
 from relora.method.store import Store
+from relora.method.usage import ModelUsage, usage_in_source, usage_of_wrapped
 from relora.model.liger import use_liger_kernels
 from relora.model.model import empty_model, recompute_activations
 
@@ -45,16 +47,31 @@ def stages(schedule: Schedule) -> list[Stage]:
     return full + ([Stage("low_rank", schedule.max_steps)] if schedule.has_low_rank_stage else [])
 
 
-def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedConfig, engine: Engine) -> TrainState:
+def build(
+    stage: Stage,
+    state: State,
+    *,
+    config: Config,
+    hf_config: PretrainedConfig,
+    engine: Engine,
+    usage: ModelUsage | None = None,
+) -> TrainState:
     """Model and optimizer of `stage` with the values of `state`, on the engine.
 
     A fresh state draws or downloads the weights; one of another stage gives its weights alone; one of this stage gives
-    everything.
+    everything, also which layers are wrapped.
+
+    Args:
+        usage: how the model uses its layers; None for what its source tells.
     """
     resumes = state.stage == stage.name
     # 1. The model as the stage trains it, still without values, and its optimizer, on the engine.
     model = empty_model(config.model, hf_config, engine.task)
-    make_trainable(model, stage, config)
+    usage = usage_in_source(model) if usage is None else usage
+    if resumes and stage.is_low_rank:
+        usage = replace(usage, unfit={**usage_of_wrapped(model, wrapped_names(state.weights.names)), **usage.unfit})
+    make_trainable(model, stage, config, usage)
+    engine.some_gradients_missing = usage.routed
     live = engine.prepare(model, lambda prepared: optimizer_for(prepared, config))
     place_masters(live.model, engine, folder=Path(config.output_dir) if config.lora.master == "disk" else None)
     # 2. Weights, and new factors unless they come from this stage.
@@ -76,21 +93,24 @@ def build(stage: Stage, state: State, *, config: Config, hf_config: PretrainedCo
     return live
 
 
-def make_trainable(model: PreTrainedModel, stage: Stage, config: Config) -> None:
+def make_trainable(model: PreTrainedModel, stage: Stage, config: Config, usage: ModelUsage | None = None) -> None:
     """Make a plain model, in place, the one that `stage` trains. Its weights need no values yet."""
+    usage = usage_in_source(model) if usage is None else usage
     if config.model.liger_kernel:
         use_liger_kernels(model)
     if stage.is_low_rank:
-        inject_lora(model, lora_config(config), reinit=None)  # `start_factors` draws them
+        inject_lora(model, lora_config(config), reinit=None, usage=usage)  # `start_factors` draws the factors
     else:
-        freeze_untrained(model, config.training.trainable)
+        freeze_untrained(model, config.training.trainable, usage)
     if config.model.gradient_checkpointing:
         recompute_activations(model)
     model.train()
 
 
-def freeze_untrained(model: nn.Module, trainable: str | None) -> None:
-    """Method full: train every parameter, or those whose name the regex `trainable` is found in.
+def freeze_untrained(model: nn.Module, trainable: str | None, usage: ModelUsage) -> None:
+    """Method full: train the parameters that the architecture trains, or those that the regex `trainable` is found in.
+
+    Parameters that get no gradient are frozen too.
 
     Raises:
         ValueError: it matches no name.
@@ -101,6 +121,7 @@ def freeze_untrained(model: nn.Module, trainable: str | None) -> None:
         raise ValueError(
             f"training.trainable = {trainable}: matches no parameter name (names look like {next(iter(names))})"
         )
+    chosen -= usage.idle if trainable is not None else usage.idle | usage.frozen
     for name, parameter in names.items():
         parameter.requires_grad_(name in chosen)
 

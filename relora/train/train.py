@@ -139,7 +139,7 @@ def train_stage(stage: Stage, state: State, context: Context) -> State:
         Stopped: some process was asked to stop. A checkpoint has been written, if there was time for one.
     """
     run, engine, is_new = context.run, context.engine, state.stage != stage.name
-    live = build(stage, state, config=run.config, hf_config=run.hf_config, engine=engine)
+    live = build(stage, state, config=run.config, hf_config=run.hf_config, engine=engine, usage=run.usage)
     # It takes weights to see whether tokens leak: this check cannot come before the model is built.
     with engine.inference(live):
         mask = run.config.data.document_mask
@@ -228,7 +228,7 @@ def rehearse(run: Run, engine: Engine, state: State) -> None:
     stage = next((stage for stage in all_stages if state.step < stage.end), all_stages[-1])
     # Masters in memory: those mapped from files would be files in the run folder.
     config = run.config.model_copy(update={"lora": run.config.lora.model_copy(update={"master": "host"})})
-    live = build(stage, state, config=config, hf_config=run.hf_config, engine=engine)
+    live = build(stage, state, config=config, hf_config=run.hf_config, engine=engine, usage=run.usage)
     samples = run.data.samples(run.config.data, run.config.seed, make_batch=run.task.make_batch)
     batch = samples.__getitems__(range(run.config.training.per_device_batch_size))
     with engine.inference(live):
@@ -242,7 +242,8 @@ def check_agreement(run: Run, engine: Engine, state: State) -> None:
     """UserError if the processes hold different data or settings, or would resume from different states."""
     if not engine.world.all_equal(run.data.manifest.content_hash):
         raise UserError(["data: the processes of this launch hold different prepared data; compare the sources"])
-    settings = [run.about["fingerprint"], run.config.training.per_device_batch_size]
+    usage = [sorted(run.usage.unfit), sorted(run.usage.idle)]
+    settings = [run.about["fingerprint"], run.config.training.per_device_batch_size, usage]
     if not engine.world.all_equal(json.dumps([*settings, state.stage, state.step, state.skipped])):
         raise UserError(
             [
@@ -264,6 +265,7 @@ def header(run: Run, engine: Engine, state: State) -> str:
     ]
     if training.method == "full":
         lines.append("training.method = full: the settings of relora and lora are not used")
+    lines += run.usage.lines()
     if state.stage is not None:
         lines.append(f"resuming from step {state.step}")
     return "\n".join(lines)

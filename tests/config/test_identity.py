@@ -80,7 +80,7 @@ def test_auto_means_nothing_for_a_pretrained_model_and_the_rest_from_scratch() -
     assert lora_config(check(merged(BASE, pretrained))).modules_to_save is None
     for value in (None, ["lm_head"]):
         config = check(merged(BASE, {"lora": {"modules_to_save": value}}))
-        assert lora_config(config).modules_to_save == (value and tuple(value))
+        assert lora_config(config).modules_to_save == tuple(value or ())
 
 
 def mark_of(mapping: dict[str, Any], model: dict[str, Any] | None = None) -> str:

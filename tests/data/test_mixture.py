@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections import Counter
 from fractions import Fraction
 
 import pytest
@@ -94,6 +95,20 @@ def test_the_permutation_looks_random():
     mean = sum(i * row for i, row in enumerate(order)) / n
     spread = (n * n - 1) / 12  # variance of either
     assert abs(mean - ((n - 1) / 2) ** 2) / spread < 0.05  # correlation, 5 standard deviations
+
+
+@pytest.mark.parametrize("n", [3, 4, 5, 6])
+def test_every_order_of_a_few_rows_is_as_likely(n):
+    orders, num_keys = Counter(), 12_000
+    for seed in range(num_keys):
+        keys = round_keys(seed, 0, 0)
+        orders[tuple(permuted(i, n, keys) for i in range(n))] += 1
+    num_orders = math.factorial(n)
+    expected = num_keys / num_orders
+    counts = [*orders.values(), *[0] * (num_orders - len(orders))]
+    chi_squared = sum((count - expected) ** 2 / expected for count in counts)
+    degrees = num_orders - 1
+    assert chi_squared < degrees + 5 * math.sqrt(2 * degrees)
 
 
 def test_order_is_pinned():

@@ -437,7 +437,10 @@ FALCON = "{model_type: falcon, hidden_size: 16, num_hidden_layers: 1, num_attent
 MODELS = {
     "r larger than the layer": Case(
         ["lora.r=17"],
-        ["lora.r = 17 exceeds the smaller side of 7 layers, such as model.layers.0.self_attn.q_proj (16, 16)"],
+        [
+            "lora.target_modules = 'all-linear' leaves no layer to wrap: model.layers.0.self_attn.q_proj has a smaller "
+            "side of 16, less than r = 17 (and 6 more); lm_head is the output head"
+        ],
     ),
     "sequence longer than the positions": Case(
         ["data.sequence_length=65", "data.eval_tokens=65"],
@@ -508,7 +511,7 @@ MODELS = {
         [
             "data.sequence_length = 65: the model has max_position_embeddings = 64",
             "lora.modules_to_save = ['head'] matches no module; candidates: <...>",
-            "lora.r = 17 exceeds the smaller side of 2 layers, such as <...>",
+            "lora.target_modules: model.layers.0.self_attn.q_proj has a smaller side of 16, less than r = 17",
             "lora.target_modules: lm_head is tied <...>",
         ],
     ),

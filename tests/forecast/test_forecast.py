@@ -327,7 +327,7 @@ def test_nothing_but_the_plan_is_printed(tiny_run: Callable[..., dict[str, Any]]
         (["--processes", "3"], "training.global_batch_size = 8: must be a multiple"),
         (["--device-memory", "-1"], "--device-memory -1: must be > 0"),
         (["--json", "plan.yaml/numbers.json"], "--json plan.yaml/numbers.json"),
-        (["lora.r=64"], "lora.r = 64 exceeds"),
+        (["lora.r=64"], "has a smaller side of 32, less than r = 64"),
     ],
 )
 def test_mistakes(

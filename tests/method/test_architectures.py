@@ -6,9 +6,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from relora import LoRAConfig, build_optimizer, inject_lora, merge_lora, restart
-from relora.method.lora import is_linear, lora_layers
+from relora.method.lora import lora_layers
 from relora.method.names import tied_names
 from relora.method.parameter_report import parameter_report
+from relora.method.plain_layers import is_linear
+from relora.method.usage import ModelUsage
 from tests.helpers.architectures import (
     ARCHITECTURES,
     CONFIG,
@@ -93,7 +95,7 @@ def test_a_layer_that_the_model_bypasses_is_seen_as_dead() -> None:
             return F.linear(self.used(x), self.bypassed.weight, self.bypassed.bias)
 
     model = Bypass()
-    inject_lora(model, LoRAConfig(r=2))
+    inject_lora(model, LoRAConfig(r=2), usage=ModelUsage())  # as if nothing were known of the model
     model(torch.randn(4, 8)).square().sum().backward()
     assert without_gradient(model, "lora_B") == {"bypassed"}
 

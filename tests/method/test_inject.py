@@ -8,17 +8,19 @@ import torch
 from torch import nn
 
 from relora import LoRAConfig, inject_lora
-from relora.method.inject import find_modules, find_targets, problems
+from relora.method.inject import problems
 from relora.method.lora import lora_layers
+from relora.method.targets import find_modules, find_targets
 from tests.helpers.toy import CONFIG, toy
 
 
 class Tied(nn.Module):
-    """Two layers that share their weight, and a third."""
+    """Two layers that share their weight, a narrow one, and one of 16 bits."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.two, self.free = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2).bfloat16()
+        self.one, self.two, self.free = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+        self.two_bytes = nn.Linear(6, 6).bfloat16()
         self.two.weight = self.one.weight
 
 
@@ -38,21 +40,25 @@ def refused(model: nn.Module, config: LoRAConfig) -> list[str]:
 def test_a_model_that_fits_has_no_problems() -> None:
     model = toy()
     assert problems(model, CONFIG) == []
-    assert find_targets(model, CONFIG) == ["inner", "conv", "outer"]
-    assert find_targets(model, LoRAConfig(modules_to_save=["conv"])) == ["inner", "outer"]
+    assert find_targets(model, CONFIG).names == ["inner", "conv", "outer"]
+    assert find_targets(model, LoRAConfig(r=3, modules_to_save=["conv"])).names == ["inner", "outer"]
     assert find_modules(model, ["norm", "conv", "nothing"]) == ["norm", "conv"]
 
 
 def test_all_problems_are_said_at_once() -> None:
     config = LoRAConfig(
-        r=4, target_modules=("one", "free", "fre"), modules_to_save=("head",), forward="merged", base_dtype=None
+        r=4,
+        target_modules=("one", "free", "two_bytes", "fre"),
+        modules_to_save=("head",),
+        forward="merged",
+        base_dtype=None,
     )
     assert [problem.split(";")[0] for problem in refused(Tied(), config)] == [
         "modules_to_save = ['head'] matches no module",
         "target_modules = ['fre'] matches no linear layer",
-        "r = 4 exceeds the smaller side of 1 layers, such as free (2, 6)",
         "target_modules: one is tied (one.weight, two.weight), and wrapping it would break the tie",
-        "forward = merged: free: " + problems_of_bf16(),
+        "target_modules: free has a smaller side of 2, less than r = 4",
+        "forward = merged: two_bytes: " + problems_of_bf16(),
     ]
 
 

@@ -40,6 +40,7 @@ def layer_of(route: Any, kind: str = "linear", *, d_in: int = D_IN, d_out: int =
     layer = LoRALinear.from_linear(plain, config)
     if config.keep_merged:
         attach_caches([layer])
+        layer.cache_span = "update"
     nn.init.normal_(layer.lora_B)
     return layer
 
@@ -344,6 +345,13 @@ def test_dropout_saves_no_decoded_weight() -> None:
 # --- the cache of W + delta ----------------------------------------------------------------------------------------
 
 
+def cached(model: nn.Module) -> nn.Module:
+    """The model as an engine prepares it whose writes are all counted: W + delta outlives a pass."""
+    for layer in lora_layers(model).values():
+        layer.cache_span = "update"
+    return model
+
+
 def cached_bytes(layer: LoRALinear) -> int:
     assert layer.cache is not None
     return sum(t.nbytes for t in vars(layer.cache).values() if isinstance(t, Tensor))
@@ -354,7 +362,8 @@ def test_a_cached_weight_follows_the_optimizer(options: dict[str, bool]) -> None
     results = []
     for keep in (True, False):
         config = LoRAConfig(**{**vars(CONFIG), "forward": "merged", "keep_merged": keep})
-        model, optimizer = trained(4, config, **options)
+        model, optimizer = trained(0, config, **options)
+        update(cached(model), optimizer, 4)
         restart(model, optimizer, seed=0, index=1)
         update(model, optimizer, 2)
         results.append(factors(model))
@@ -386,7 +395,7 @@ def test_a_cached_weight_follows_parameters_that_are_replaced() -> None:
 def test_the_cache_is_no_part_of_the_model_and_is_dropped_at_updates_and_restarts() -> None:
     model = toy()
     inject_lora(model, LoRAConfig(**{**vars(CONFIG), "forward": "merged", "keep_merged": True}))
-    layers = list(lora_layers(model).values())
+    layers = list(lora_layers(cached(model)).values())
     before = set(model.state_dict())
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     update(model, optimizer)
@@ -403,7 +412,7 @@ def test_an_engine_can_switch_the_cache_off() -> None:
     layer, x = layer_of("merged", keep_merged=True), torch.randn(4, D_IN)
     layer(x)
     assert layer.active_cache is not None and cached_bytes(layer) > 0
-    layer.can_cache = False
+    layer.cache_span = "none"
     assert layer.active_cache is None
     layer.lora_B.data.mul_(2)  # no version counter sees it
     torch.testing.assert_close(layer(x), reference(layer, x))
@@ -439,7 +448,7 @@ def test_a_model_has_one_optimizer_hook_which_goes_with_it() -> None:
 def test_a_copy_follows_its_own_optimizer(duplicate: Any) -> None:
     model = toy()
     inject_lora(model, LoRAConfig(**{**vars(CONFIG), "forward": "merged", "keep_merged": True}))
-    twin, x = duplicate(model), torch.randn(4, 12)
+    twin, x = duplicate(cached(model)), torch.randn(4, 12)
     del model
     gc.collect()
     optimizer = torch.optim.AdamW([p for p in twin.parameters() if p.requires_grad], lr=0.1, fused=True)

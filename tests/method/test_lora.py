@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from relora import LoRAConfig, build_optimizer, inject_lora, merge_lora
-from relora.method.inject import last_parts
 from relora.method.lora import LoRALinear, lora_layers
 from relora.method.parameter_report import parameter_report
+from relora.method.targets import last_parts
 from tests.helpers.architectures import ARCHITECTURES, build
 from tests.helpers.toy import CONFIG, Toy, factors, toy, trained
 
@@ -322,9 +322,10 @@ def test_the_candidates_of_a_model_without_linear_layers() -> None:
 
 
 def test_a_rank_larger_than_a_layer_is_refused() -> None:
-    message = r"r = 17 exceeds the smaller side of 4 layers, such as model\.layers\.0\.self_attn\.k_proj \(16, 32\)"
-    assert_refused("llama", message, {"r": 17})
-    inject_lora(build("llama"), LoRAConfig(r=16))
+    message = r"0\.self_attn\.k_proj has a smaller side of 16, less than r = 17 \(and 1 more\)"
+    assert_refused("llama", message, {"r": 17, "target_modules": ["q_proj", "k_proj"]})
+    assert_refused("llama", r"'all-linear' leaves no layer to wrap: .*side of 32, less than r = 33", {"r": 33})
+    inject_lora(build("llama"), LoRAConfig(r=16, target_modules=["q_proj", "k_proj"]))
 
 
 def test_a_tied_head_as_a_target_is_refused() -> None:
@@ -341,8 +342,8 @@ def test_a_layer_that_stands_in_two_places_is_refused() -> None:
 
 
 def test_all_problems_are_listed_at_once() -> None:
-    options = {"r": 33, "target_modules": ["lm_head", "q_porj"]}
-    assert_refused("llama_tied", r"(?s)q_porj.*r = 33 exceeds.*lm_head is tied", options)
+    options = {"r": 17, "target_modules": ["lm_head", "k_proj", "q_porj"]}
+    assert_refused("llama_tied", r"(?s)q_porj.*k_proj has a smaller side of 16.*lm_head is tied", options)
 
 
 def test_modules_to_save_that_stand_for_nothing_are_refused() -> None:
@@ -397,4 +398,4 @@ def test_an_optimizer_needs_something_to_train_and_a_name_it_knows() -> None:
 
 
 def test_candidates_are_listed_by_their_last_part() -> None:
-    assert last_parts(["a.q", "b.q", "a.0", "k", "h.3.k"]) == ["k", "q"]
+    assert last_parts(["a.q", "b.q", "a.0", "k", "h.3.k", "2"]) == ["2", "a.0", "k", "q"]

@@ -43,6 +43,7 @@ def wrapped(**options: Any) -> LoRALinear:
     layer = LoRALinear.from_linear(nn.Linear(D_IN, D_OUT, bias=False), config)
     if config.keep_merged:
         attach_caches([layer])
+        layer.cache_span = "update"
     return layer
 
 

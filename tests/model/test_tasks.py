@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForSequenceClassification, BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from relora import inject_lora
+from relora.checkpoint.weights import trained_heads
 from relora.config import UserError, check
+from relora.config.derived import lora_config
 from relora.data.batches import IGNORED_LABEL
 from relora.model import tasks
 from relora.model.model import build_model, problems, read_hf_config, read_skeleton
@@ -89,6 +94,33 @@ def test_a_users_own_task_builds_its_model_and_has_a_loss(tiny_run: Settings) ->
     torch.testing.assert_close(task.loss(model, samples), expected)
     assert (task.num_labels(samples), task.metrics(1.0)) == (3, {"eval_loss": 1.0})
     assert problems(model, config, task) == task.leaks(model, 300, document_mask=False) == []
+
+
+def test_a_head_that_trains_may_be_missing_from_pretrained_weights(tiny_run: Settings, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    body = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    body.save_pretrained(tmp_path)
+    hf_config, heads = LlamaConfig(**SHAPE, num_labels=2), []
+    tree = tiny_run(training__task=f"{__name__}:FirstToken", relora__warm_start_steps=0)
+    tree["model"] = {"name_or_path": str(tmp_path)}
+    for seed in (0, 0, 1):
+        config = check(tree | {"seed": seed})
+        fresh = partial(trained_heads, config=config)
+        model = build_model(config.model, hf_config, task_of(config), seed=seed, may_lack=fresh)
+        torch.testing.assert_close(model.model.embed_tokens.weight, body.model.embed_tokens.weight)
+        report = inject_lora(model, lora_config(config))
+        assert report.full.num_parameters == 2 * 32 and model.score.weight.requires_grad
+        heads.append(model.score.weight.detach())
+    assert torch.equal(heads[0], heads[1]) and not torch.equal(heads[0], heads[2])
+    # One that would stay as it was drawn is refused, as any other weight.
+    for section, key, value in (("lora", "modules_to_save", None), ("training", "trainable", "layers")):
+        changed = {section: {**tree[section], key: value}}
+        if section == "training":
+            changed["training"]["method"] = "full"
+        config = check(tree | changed)
+        fresh = partial(trained_heads, config=config)
+        with pytest.raises(UserError, match=r"lacks 1 weights of the model, such as score\.weight"):
+            build_model(config.model, hf_config, task_of(config), seed=0, may_lack=fresh)
 
 
 def test_a_task_that_the_architecture_does_not_have(tiny_run: Settings) -> None:
