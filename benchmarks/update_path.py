@@ -28,6 +28,8 @@ from benchmarks import engines
 from benchmarks.tables import Limit, options_of, publish
 
 PACKAGE = Path(relora.__file__).parent
+# Their threads look at signals and at the clock several times a second, whatever an update does.
+BESIDE_THE_RUN = tuple(f"{PACKAGE}/train/{name}.py" for name in ("signals", "watch"))
 WARM_START = 4
 MAX_LINES, MAX_FUNCTIONS, MAX_FILES = 600, 60, 14
 
@@ -110,7 +112,8 @@ class Trace:
             threading.settrace(None)  # type: ignore[arg-type]
 
     def _on_call(self, frame: FrameType, *_: Any) -> Any:
-        return self._in_call if frame.f_code.co_filename.startswith(f"{PACKAGE}/") else None
+        path = frame.f_code.co_filename
+        return self._in_call if path.startswith(f"{PACKAGE}/") and path not in BESIDE_THE_RUN else None
 
     def _in_call(self, frame: FrameType, event: str, _: Any) -> Any:
         if event == "line" and self._logged == self._step - 1:

@@ -6,7 +6,8 @@
 #
 # Run it from the root of the repository. Five minutes before its time limit, and when it is preempted, a job writes a
 # checkpoint, ends, requeues itself under the same number and resumes from there. So does a job that is submitted again
-# with the same line. scancel --signal=USR1 JOB triggers this at any time; scancel JOB cancels the job for good.
+# with the same line. scancel --signal=USR1 JOB triggers this at any time. `touch RUN/STOP` ends a job with a checkpoint
+# and without a requeue; scancel JOB cancels it for good.
 # Where preempted jobs get no grace time, training.save_steps bounds the work that is lost. Partition, account, CPUs and
 # memory are options of sbatch: many clusters give a task one CPU unless --cpus-per-task or --exclusive asks for more.
 #SBATCH --job-name=relora
@@ -67,7 +68,9 @@ srun --kill-on-bad-exit=0 --wait=60 \
     bash -c 'export NODE_RANK=$SLURM_NODEID; exec bash launch/torchrun_multinode.sh "$@"' relora "$@" || code=$?
 
 # An old "preempted" says nothing about a job that failed before it wrote its own status: it would be requeued forever.
-if ((code != 0)) && [[ $(written) != "$before" ]] && grep -q '"status": *"preempted"' "$run/status.json"; then
+# One that was stopped by the file STOP is wanted no longer.
+if ((code != 0)) && [[ $(written) != "$before" ]] && grep -q '"status": *"preempted"' "$run/status.json" &&
+    ! grep -q '"reason": *"found [^"]*STOP' "$run/status.json"; then
     if scontrol requeue "$SLURM_JOB_ID"; then
         printf 'slurm: the checkpoint is written; job %s is requeued\n' "$SLURM_JOB_ID"
     else

@@ -14,6 +14,7 @@
 #   RDZV_ID          c10d: a name of the job, the same everywhere (default: relora)
 #   MAX_RESTARTS     c10d: how often the processes may be restarted (default: 3)
 #   SHUTDOWN_TIMEOUT seconds that processes have after a signal, for a checkpoint (default: 240)
+#   LOG_DIR          folder in which each process also gets a file for its output (default: none)
 #   PYTHON           default: .venv/bin/python of this repository if launch/setup.sh has made it, else python3
 #
 # All machines need the same code, packages and config; an output_dir on a disk that all see lets any of them resume.
@@ -81,5 +82,6 @@ fi
 # The training processes read this variable too, to know how much time a checkpoint has.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-240}
 options+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
+if [[ -n ${LOG_DIR:-} ]]; then options+=(--log-dir "$LOG_DIR" --tee 3); fi
 trap '' USR1   # the signal must not kill torchrun while it loads or waits for the other machines
 exec "$python" -m torch.distributed.run "${options[@]}" -m relora train "$@"

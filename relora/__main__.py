@@ -1,8 +1,6 @@
 """`python -m relora` is the same program as `relora`."""
 
-import sys
-
-from relora.cli import main
+from relora.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

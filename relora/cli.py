@@ -5,22 +5,34 @@ Each command is imported when it runs: `relora --help` and a mistake in a config
 
 import argparse
 import importlib
+import json
 import os
 import sys
-from collections.abc import Sequence
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import relora
-from relora.config import load_config
 from relora.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Failed, Stopped, UserError, disk_failure
+from relora.train.signals import stop_signals
+
+
+def program() -> None:
+    """`relora` on the command line: as `main`, but the process ends, and no signal comes between."""
+    code = EXIT_STOPPED
+    with suppress(Stopped), stop_signals(restores=False):  # now, as to load the other libraries takes seconds
+        code = main()
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0; 1 after a failure, 2 after a mistake of the user, 143 if the run was asked to stop.
+    0; 1 after a failure, 2 after a mistake of the user, 143 if the command was asked to stop.
     """
     options = _parse(_parser(), arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not {str(Path.cwd()), ""} & set(sys.path):
         sys.path.insert(0, str(Path.cwd()))
     try:
-        run_command(options)
+        with errors_for_launcher(), stop_signals():
+            run_command(options)
     except UserError as error:
         for problem in error.problems:
             print(f"relora: {problem}", file=sys.stderr)
@@ -48,8 +61,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+@contextmanager
+def errors_for_launcher() -> Iterator[None]:
+    """Leave an error to torchrun, which shows that of the process that failed first at the end of its own report.
+
+    Its exit code is 1, whatever that of the processes is.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if "TORCHELASTIC_ERROR_FILE" in os.environ:
+            is_ours = isinstance(error, UserError | Failed | Stopped)
+            message = f"relora: {error}" if is_ours else traceback.format_exc()
+            content = json.dumps({"message": message, "timestamp": int(time.time())})
+            with suppress(OSError):
+                Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(content)
+        raise
+
+
 def run_command(options: argparse.Namespace) -> None:
     """Call the function of the command with the options as its arguments, the config loaded before torch is."""
+    from relora.config import load_config
+
     arguments = vars(options)
     function = arguments.pop("function")
     if isinstance(arguments.get("config"), str):
@@ -136,7 +169,7 @@ COMMANDS = {
         arguments=CONFIG,
     ),
     "train": Command(
-        function="relora.train:train",
+        function="relora.train.train:train",
         help="train, or resume from the newest checkpoint",
         examples=[
             "train configs/quickstart.yaml",
@@ -218,6 +251,15 @@ COMMANDS = {
         arguments=(
             Argument("runs", metavar="RUN", nargs="+", help="run folders, such as runs/low_rank runs/full_rank"),
             Argument("--output", help="the folder to write, such as comparison (default: report/ in the first run)"),
+        ),
+    ),
+    "status": Command(
+        function="relora.commands.status:status",
+        help="tell how far a run is, whether it lives and where, and when it will end",
+        examples=["status runs/quickstart", "status runs/quickstart --json"],
+        arguments=(
+            Argument("run", metavar="RUN", help="the run folder, such as runs/quickstart"),
+            Argument("--json", dest="as_json", action="store_true", help="print one JSON object instead of lines"),
         ),
     ),
     "generate": Command(

@@ -23,8 +23,11 @@ class Failed(RuntimeError):  # noqa: N818  # as the others here
     """Something outside of the program prevents it from going on, or the run has gone wrong: one line, exit code 1."""
 
 
-class Stopped(RuntimeError):  # noqa: N818  # not an error
-    """The run was asked to stop and has ended in order. The command ends with exit code 143."""
+class Stopped(BaseException):  # not an error
+    """The command was asked to stop and ends in order, with exit code 143.
+
+    As KeyboardInterrupt it may be raised anywhere, so it is no `Exception`, which libraries catch.
+    """
 
 
 def raise_if_any(problems: Iterable[str]) -> None:

@@ -28,6 +28,8 @@ PER_PROCESS = (TRAINED, MOMENTS)
 # Frozen weights stand beside their quantized form: a name and a suffix.
 QUANTIZED_SUFFIX = f":{QUANTIZED}"
 TEMPORARY_PREFIX = ".tmp-"
+# While a run lives, its status.json becomes no older than this: the time of its last change is a heartbeat.
+BEAT_S = 10.0
 
 
 class FileFacts(BaseModel):

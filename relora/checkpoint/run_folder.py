@@ -37,6 +37,7 @@ class RunFolder:
         self.stage_start = path / "stage_start"
         self.tokenizer = path / "tokenizer"
         self.final = path / "final"
+        self.stop = path / "STOP"
 
     @property
     def is_run(self) -> bool:

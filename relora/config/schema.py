@@ -236,6 +236,17 @@ class TrainingSection(Section):
         json_schema_extra=HOW,
     )
     logging_steps: Count = Field(10, description="updates between lines of metrics", json_schema_extra=HOW)
+    max_hours: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="stop with a checkpoint before the training process is so old, as after a signal; null: no limit",
+        json_schema_extra=HOW,
+    )
+    timeout_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        60,
+        description="end the run, with the stacks of all threads, when no batch, tensor or file has moved for so long; "
+        "null: never",
+        json_schema_extra=HOW,
+    )
     report_to: Annotated[tuple[Literal["tensorboard"] | CustomName, ...], Field(strict=False)] = Field(
         ("tensorboard",),
         description="where metrics go beside metrics.jsonl and the progress bar; or a `relora.tracking.tracker.Sink`",

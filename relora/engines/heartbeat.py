@@ -6,17 +6,22 @@ Nothing else does: the time limit of the process group is hours, as the first pr
 waits that long for a lost peer; a launcher sees the processes of its own node only.
 """
 
+import faulthandler
 import os
 import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
 from torch import distributed
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
+
+# The beginning of the reason of a process whose watchdog has ended it: the others print their stacks too.
+NOTHING_MOVED = "nothing has moved for"
 
 
 @dataclass(frozen=True)
@@ -44,9 +49,14 @@ class Heartbeat:
     stop them, SIGKILL and SIGSTOP do. The store is the one at MASTER_ADDR:MASTER_PORT, of the launcher or of the first
     process; when it stops answering, its holder counts as dead.
 
+    Attributes:
+        last_words: called with the reason before this process is ended because of another one.
+
     Args:
         name: the result of `agree_on_name`.
     """
+
+    last_words: Callable[[str], None]
 
     def __init__(self, process_index: int, num_processes: int, name: str, limits: Limits = Limits()) -> None:
         self._process_index, self._neighbour, self._name, self._limits = (
@@ -57,6 +67,7 @@ class Heartbeat:
         )
         self._host, self._port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._me = f"process {process_index} (host {socket.gethostname()}, pid {os.getpid()})"
+        self.last_words = lambda *_: None
         self._failure = ""  # of this process
         self._rounds = 0  # how often the store has answered
         self._beats = StallTimer(3 * limits.every_s)  # of the watched neighbour
@@ -146,9 +157,14 @@ class Heartbeat:
             if why != self._failure:  # else the main thread prints more about it
                 with suppress(OSError):  # not sys.stderr, whose lock a hanging main thread may hold
                     os.write(2, f"relora: process {self._process_index} ended: {why}\n".encode())
+                    if NOTHING_MOVED in why:
+                        faulthandler.dump_traceback(file=2)
         self._stopped.wait(self._limits.grace_s)
         with self._lock:
             if not self._stopped.is_set():
+                words = threading.Thread(target=self.last_words, args=(why,), daemon=True)
+                words.start()
+                words.join(self._limits.every_s)  # not longer: the disk may hang
                 os._exit(1)
 
 

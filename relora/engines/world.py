@@ -1,7 +1,7 @@
 """The processes of one launch: reading the launcher's environment, joining, communication outside of the model."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Literal
 
@@ -65,7 +65,7 @@ def world_problems(num_processes: int, wanted: int | None) -> list[str]:
 
 
 class World:
-    """This process among the others. All methods but `report_failure` are collective.
+    """This process among the others. All methods are collective, unless they say otherwise.
 
     Args:
         wanted: number of processes that the run wants; None for any.
@@ -134,10 +134,20 @@ class World:
         if self.num_processes > 1:
             self._joined.wait_for_everyone()
 
-    def report_failure(self, error: BaseException) -> None:
+    def report_failure(self, error: BaseException | str) -> None:
         """Tell the other processes why this one ends early. Not collective."""
         if self._heartbeat is not None:
-            self._heartbeat.report_failure(f"{type(error).__name__}: {error}")
+            reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+            self._heartbeat.report_failure(reason)
+
+    def before_ending(self, last_words: Callable[[str], None]) -> None:
+        """Have `last_words` called with the reason when another process's death ends this one. Not collective.
+
+        Args:
+            last_words: called by a thread, as the main one may hang in a collective.
+        """
+        if self._heartbeat is not None:
+            self._heartbeat.last_words = last_words
 
     def close(self) -> None:
         """Leave the process group, together."""

@@ -1,9 +1,11 @@
 """Sample text from a model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 
 @torch.no_grad()
@@ -15,10 +17,14 @@ def sample_text(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    after_token: Callable[[], None] = lambda: None,
 ) -> str:
     """Continue `prompt` by up to `max_new_tokens`; greedily at temperature 0, else drawn from `seed`.
 
     The text never exceeds the positions of the model: a longer prompt loses its beginning, and generation stops there.
+
+    Args:
+        after_token: called after each token; an error that it raises ends the sampling.
     """
     ids: Any = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     if ids.shape[1] == 0:
@@ -35,9 +41,18 @@ def sample_text(
         eos_token_id=tokenizer.eos_token_id,
         use_cache=True,
     )
-    was_training = model.training
+
+    def never(ids: Tensor, _: Any) -> Tensor:
+        after_token()
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    was_training, criteria = model.training, StoppingCriteriaList([never])
     model.eval()
     torch.manual_seed(seed)
-    written: Any = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-    model.train(was_training)
+    try:
+        written: Any = model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=settings, stopping_criteria=criteria
+        )
+    finally:
+        model.train(was_training)
     return str(tokenizer.decode(written[0], skip_special_tokens=True))

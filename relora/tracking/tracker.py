@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -163,7 +164,10 @@ def sink_problems(report_to: Sequence[str]) -> list[str]:
 
 
 class MetricsFile(Sink):
-    """metrics.jsonl: one JSON object a line. A resumed run cuts off the lines past its checkpoint."""
+    """metrics.jsonl: one JSON object a line, with the `time` (UTC) at which it was written.
+
+    A resumed run cuts off the lines past its checkpoint.
+    """
 
     def __init__(self, context: SinkContext) -> None:
         super().__init__(context)
@@ -173,7 +177,8 @@ class MetricsFile(Sink):
         self._file = path.open("a", encoding="utf-8")
 
     def metrics(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(dict(line)) + "\n")
+        time = datetime.now(UTC).isoformat(timespec="milliseconds")
+        self._file.write(json.dumps({**line, "time": time}) + "\n")
         self._file.flush()
 
     def sync(self, step: int) -> None:  # noqa: ARG002

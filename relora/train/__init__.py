@@ -1,5 +1,1 @@
-"""A run from its configuration to its final model."""
-
-from relora.train.train import train
-
-__all__ = ["train"]
+"""A run from its configuration to its final model: `train.py` tells its story."""

@@ -22,8 +22,9 @@ from relora.method.lora import lora_layers
 from relora.model.generate import sample_text
 from relora.tracking.communication import Traffic
 from relora.tracking.tracker import Tracker
-from relora.train.evaluate import held_out_loss
+from relora.train.evaluate import GivenUp, held_out_loss
 from relora.train.run import Run
+from relora.train.signals import StopRequest
 from relora.train.stages import Stage
 
 NUM_SPECTRA = 4
@@ -46,15 +47,26 @@ class Callbacks:
     tracker: Tracker
     checkpoints: Checkpoints
     stage_start: Mapping[str, Tensor]
+    stop_request: StopRequest
 
-    def __call__(self, step: int, num_skipped: int) -> None:
-        """Run what is due at `step`; `num_skipped` of the run's updates have been skipped so far."""
+    def __call__(self, step: int, num_skipped: int, *, stops: bool = False) -> bool:
+        """Run what is due at `step`; `num_skipped` of the run's updates have been skipped so far.
+
+        Args:
+            stops: the run stops here, as some process has been asked to.
+
+        Returns:
+            Whether the run stops here, as it has been asked to by now. There is a checkpoint of this step then, if
+            there was time for one; an evaluation that was given up or not begun is left for the resumed run.
+        """
         self.restart_or_probe(step)
-        if self.evaluation_due(step):
-            self.evaluate(step)
+        evaluated = not self.evaluation_due(step) or (not stops and self.evaluate(step))
+        stops = stops or self.asked_to_stop()
         training = self.run.config.training
-        if step > 0 and (step % training.save_steps == 0 or step == training.max_steps):
-            self.save(step, num_skipped)
+        is_due = stops or step % training.save_steps == 0 or step == training.max_steps
+        if step > 0 and is_due and not (stops and self.too_late_to_save()):
+            self.save(step, num_skipped, evaluated=evaluated)
+        return stops or self.asked_to_stop()
 
     def next_due(self, step: int) -> int:
         """The first step after `step` at which any callback is due; the last step of the run is one."""
@@ -84,29 +96,37 @@ class Callbacks:
         ends = (0, schedule.warm_start_steps, schedule.max_steps)
         return step in ends or step % self.run.config.training.eval_steps == 0
 
-    def stop(self, step: int, num_skipped: int, *, seconds_left: float) -> bool:
-        """End early: save, if there is time for it; an evaluation is left for the resumed run.
+    def asked_to_stop(self) -> bool:
+        """Whether some process has been asked to stop. Collective: all get the same answer."""
+        self.stop_request.num_moves += 1
+        [num_asked] = self.engine.world.sum([float(self.stop_request.reason is not None)])
+        return num_asked > 0
 
-        Returns:
-            Whether the checkpoint of this step is on the disk.
-        """
-        [num_late] = self.engine.world.sum([float(seconds_left < self.checkpoints.expected_seconds())])
-        if num_late:
-            return False
-        self.restart_or_probe(step)
-        self.save(step, num_skipped, evaluated=not self.evaluation_due(step))
-        return self.checkpoints.wait()
+    def give_up_if_asked(self) -> None:
+        """Raise `GivenUp` if some process has been asked to stop. Collective."""
+        if self.asked_to_stop():
+            raise GivenUp
 
-    def catch_up(self, resumed: State) -> None:
+    def too_late_to_save(self) -> bool:
+        """Whether some process would be killed before the checkpoint is written. Collective."""
+        is_late = self.stop_request.seconds_left() < self.checkpoints.expected_seconds()
+        [num_late] = self.engine.world.sum([float(is_late)])
+        return num_late > 0
+
+    def catch_up(self, resumed: State) -> bool:
         """Run what was due at the step of a checkpoint and left undone.
 
         Two things can be outstanding: the restart at the former last step of a run that is now extended, and the
         evaluation that a stopped run deferred.
+
+        Returns:
+            Whether the run stops here, as it has been asked to by now; it is all to be done again then.
         """
         if self.stage.is_low_rank and self.run.schedule.restarts_done(resumed.step) > resumed.cycle:
             self.restart(resumed.step)
         if not resumed.evaluated:
             self.evaluate(resumed.step)
+        return self.asked_to_stop()
 
     def restart_or_probe(self, step: int) -> None:
         """Restart where it is due; after the updates that follow one, log the loss on the probe rows."""
@@ -140,8 +160,25 @@ class Callbacks:
         self.tracker.line({"step": step, "restart": index} | asdict(report) | costs | probes)
         self.tracker.spectra(self.spectra(), step)
 
-    def evaluate(self, step: int) -> None:
-        """Held-out loss and samples of text."""
+    def evaluate(self, step: int) -> bool:
+        """Log held-out loss and samples of text; False if it was given up, with nothing logged."""
+        try:
+            loss, samples = self.measure()
+        except GivenUp:
+            return False
+        metrics = self.run.task.metrics(loss)
+        self.tracker.line({"step": step, **metrics})
+        others = {name.removeprefix("eval_"): value for name, value in metrics.items() if name != "eval_loss"}
+        details = "".join(f", {name} {value:.2f}" for name, value in others.items())
+        self.tracker.log(f"step {step}: held-out loss {loss:.4f} nats{details}")
+        for number, text in enumerate(samples):
+            self.tracker.text(f"sample/{number}", text, step)
+        if self.stage.is_low_rank and step == self.run.schedule.max_steps:
+            self.tracker.spectra(self.spectra(), step)
+        return True
+
+    def measure(self) -> tuple[float, list[str]]:
+        """Held-out loss and samples of text. `GivenUp` on all processes if some process has been asked to stop."""
         config, run, world = self.run.config, self.run, self.engine.world
         batches = eval_batches(
             run.data,
@@ -151,28 +188,30 @@ class Callbacks:
             num_processes=world.num_processes,
             make_batch=run.task.make_batch,
         )
-        loss = held_out_loss(self.state, self.engine, batches)
-        metrics = run.task.metrics(loss)
-        self.tracker.line({"step": step, **metrics})
-        others = {name.removeprefix("eval_"): value for name, value in metrics.items() if name != "eval_loss"}
-        details = "".join(f", {name} {value:.2f}" for name, value in others.items())
-        self.tracker.log(f"step {step}: held-out loss {loss:.4f} nats{details}")
+        loss = held_out_loss(self.state, self.engine, batches, after_batch=self.give_up_if_asked)
         # A loss that is not finite leaves nothing to sample from; after skipped updates it can come to that.
-        if run.task.writes_text and math.isfinite(loss):
-            self.sample(step)
-        if self.stage.is_low_rank and step == run.schedule.max_steps:
-            self.tracker.spectra(self.spectra(), step)
+        return loss, self.sample() if run.task.writes_text and math.isfinite(loss) else []
 
-    def sample(self, step: int) -> None:
-        """Let the model continue the beginnings of held-out rows."""
-        run, tokenizer = self.run, self.run.data.tokenizer()
+    def sample(self) -> list[str]:
+        """Let the model continue the beginnings of held-out rows. `GivenUp` as in `measure`."""
+        run, tokenizer, texts = self.run, self.run.data.tokenizer(), []
+        # Processes may come to an end at different tokens: they can agree between texts alone.
+        after_token = self.give_up_if_asked if self.engine.world.num_processes == 1 else lambda: None
         ids = next(eval_batches(run.data, run.config.data, batch_size=NUM_PROMPTS))["input_ids"][:, :PROMPT_TOKENS]
         for number, prompt in enumerate(tokenizer.batch_decode(ids, skip_special_tokens=True)):
+            self.give_up_if_asked()
             with self.engine.inference(self.state):
                 text = sample_text(
-                    self.state.model, tokenizer, prompt, max_new_tokens=SAMPLE_TOKENS, temperature=0.8, seed=number
+                    self.state.model,
+                    tokenizer,
+                    prompt,
+                    max_new_tokens=SAMPLE_TOKENS,
+                    temperature=0.8,
+                    seed=number,
+                    after_token=after_token,
                 )
-            self.tracker.text(f"sample/{number}", text, step)
+            texts.append(text)
+        return texts
 
     def save(self, step: int, num_skipped: int, *, evaluated: bool = True) -> None:
         """Write a checkpoint; the metrics up to it are on the disk before it is."""
@@ -190,7 +229,9 @@ class Callbacks:
     def probe_loss(self) -> float:
         """Loss on the first held-out rows, one by one: independent of the number of processes and the batch size."""
         rows = eval_batches(self.run.data, self.run.config.data, batch_size=1, make_batch=self.run.task.make_batch)
-        return held_out_loss(self.state, self.engine, islice(rows, NUM_PROBE_ROWS))
+        self.stop_request.num_moves += 1
+        # Never given up: what is known before a restart cannot be measured after it.
+        return held_out_loss(self.state, self.engine, islice(rows, NUM_PROBE_ROWS), after_batch=lambda: None)
 
     @torch.no_grad()
     def spectra(self) -> dict[str, Tensor]:

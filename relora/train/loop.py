@@ -51,7 +51,7 @@ class Loop:
             callbacks_at_end: False where a switch follows at `until`: what is due there comes after the switch.
 
         Returns:
-            The step reached, and whether a stop request ended the loop before `until`.
+            The step reached, and whether the run stops there, as some process has been asked to.
 
         Raises:
             NotFiniteError: 10 updates in a row had to be skipped.
@@ -64,18 +64,19 @@ class Loop:
                 unread.append(self.update(step, batches))
             step, stops = step + 1, unread[-1].stop and step + 1 < until
             is_logged = step % self.config.training.logging_steps == 0 or step == self.schedule.max_steps
-            is_due = step == next_due and not stops and (step < until or callbacks_at_end)
+            is_due = stops or (step == next_due and (step < until or callbacks_at_end))
+            self.stop_request.num_moves += 1
             # The host reads the result of an update while the device computes the next one, and waits for the device
             # only where somebody needs the newest.
             if len(unread) > 1:
                 self.read(step - 1, unread.pop(0))
-            if is_logged or is_due or stops or step == until:
+            if is_logged or is_due or step == until:
                 loss, grad_norm, skipped = self.read(step, unread.pop())
                 if is_logged and not skipped:
                     self.log(step, loss, grad_norm, meter)
             if is_due:
                 with meter.pause():
-                    self.callbacks(step, self.num_skipped)
+                    stops = self.callbacks(step, self.num_skipped, stops=stops)
                 next_due = self.callbacks.next_due(step)
         return step, stops
 
@@ -88,7 +89,7 @@ class Loop:
         samples_seen, index = step * self.config.training.global_batch_size, self.engine.world.process_index
         keys = [f"{self.config.seed}|{samples_seen}|{index}|{i}|dropout" for i in range(len(batches))]
         seeds = [int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") for key in keys]
-        return self.engine.update(self.state, batches, seeds=seeds, stop=self.stop_request.signal is not None)
+        return self.engine.update(self.state, batches, seeds=seeds, stop=self.stop_request.reason is not None)
 
     def read(self, step: int, update: Update) -> tuple[float, float, bool]:
         """Loss, gradient norm, and whether the update that led to `step` was skipped. Waits for the device."""

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -12,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 import relora
 from relora.checkpoint.load import last_step, open_stage_start
-from relora.checkpoint.run_folder import RunFolder
+from relora.checkpoint.run_folder import RunFolder, Status
 from relora.checkpoint.save import Checkpoints, write_stage_start
 from relora.checkpoint.state import State
 from relora.config import Config
@@ -30,6 +31,7 @@ from relora.train.preflight import preflight
 from relora.train.run import Run, newest_state
 from relora.train.signals import StopRequest, stop_signals
 from relora.train.stages import Stage, build, stages, switch
+from relora.train.watch import Watch, watched
 
 
 def train(config: Config, *, dry_run: bool = False, extend: bool = False) -> None:
@@ -41,20 +43,23 @@ def train(config: Config, *, dry_run: bool = False, extend: bool = False) -> Non
 
     Raises:
         UserError: a mistake in the configuration, the files, the data or the launch.
-        Stopped: SIGTERM, SIGINT or SIGUSR1 arrived at some process; the same call resumes the run later.
+        Stopped: some process was asked to stop; the same call resumes the run later.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     folder = RunFolder(Path(config.output_dir))
-    with failure_in_status(folder, may_write=not folder.is_run and not dry_run):
-        run = preflight(config, extend=extend)
     with ExitStack() as stack:
+        request = stack.enter_context(stop_signals())
+        request.outcome = "ended before the first update; the same command starts again"
+        with end_in_status(folder, request, may_write=not folder.is_run and not dry_run):
+            run = preflight(config, extend=extend)
         if not dry_run:
             if is_first():
                 stack.enter_context(folder.locked())
-            stack.enter_context(failure_in_status(folder, may_write=True))
+            stack.enter_context(end_in_status(folder, request, may_write=True))
         state = newest_state(run)
         engine = connect(config)
+        engine.world.before_ending(partial(request.last_words, "failed"))
         try:
             check_agreement(run, engine, state)
             if is_first():
@@ -62,12 +67,12 @@ def train(config: Config, *, dry_run: bool = False, extend: bool = False) -> Non
             if dry_run:
                 rehearse(run, engine, state)
             else:
-                train_stages(run, engine, state)
-        except Stopped:
-            engine.world.close()
-            raise
+                train_stages(run, engine, state, request)
         except BaseException as error:
-            engine.world.report_failure(error)
+            if not request.obeyed:  # else all processes end in the same way
+                engine.world.report_failure(error)
+                raise
+            engine.world.close()
             raise
         engine.world.close()
 
@@ -83,7 +88,7 @@ class Context:
     stop_request: StopRequest
 
 
-def train_stages(run: Run, engine: Engine, state: State) -> None:
+def train_stages(run: Run, engine: Engine, state: State, stop_request: StopRequest) -> None:
     """Train the stages of a run from `state` to its end, and write the final model.
 
     Raises:
@@ -117,16 +122,26 @@ def train_stages(run: Run, engine: Engine, state: State) -> None:
     )
     if writes:
         checkpoints.remove_leftovers()
-    with closing(tracker), closing(checkpoints), stop_signals() as stop_request:
+    watch = Watch(
+        folder,
+        stop_request,
+        max_hours=config.training.max_hours,
+        timeout_minutes=config.training.timeout_minutes,
+        expected_save_s=checkpoints.expected_seconds,
+        tell_others=engine.world.report_failure,
+    )
+    with closing(tracker), closing(checkpoints), watched(watch) if writes else nullcontext():
         context = Context(run, engine, tracker, checkpoints, stop_request)
         for stage in stages(run.schedule):
-            if state.step < stage.end:
+            if state.step < stage.end or (state.stage == stage.name and not state.evaluated):
                 state = train_stage(stage, state, context)
         if not checkpoints.wait():
             raise Failed(
                 f"training has ended, but the checkpoint of step {state.step} could not be written; the same command "
                 f"resumes from step {last_step(folder.checkpoints)} when there is room"
             )
+    stop_request.outcome = "all updates are done; the same command writes the final model"
+    stop_request.end_postponement()
     if writes:
         print(finish(run), flush=True)
     engine.world.barrier()
@@ -150,10 +165,9 @@ def train_stage(stage: Stage, state: State, context: Context) -> State:
         # The peak that is logged is that of the stage: the warm start's would hide the low-rank one's.
         torch.cuda.reset_peak_memory_stats(engine.world.device)
     callbacks = begin_stage(stage, live, context, is_new=is_new)
-    if is_new:
-        callbacks(state.step, state.skipped)
-    else:
-        callbacks.catch_up(state)
+    context.stop_request.postpone()
+    if callbacks(state.step, state.skipped) if is_new else callbacks.catch_up(state):
+        stop(state.step, context)
     training, is_last = run.config.training, stage.end == run.schedule.max_steps
     batches = micro_batches(
         run.data.samples(run.config.data, run.config.seed, make_batch=run.task.make_batch),
@@ -179,7 +193,7 @@ def train_stage(stage: Stage, state: State, context: Context) -> State:
         )
         step, stops = loop.run(state.step, until=stage.end, callbacks_at_end=is_last)
         if stops:
-            stop(step, loop.num_skipped, callbacks, context)
+            stop(step, context)
     if is_last:
         return State(step=step, skipped=loop.num_skipped, stage=stage.name)
     return switch(live, engine, step=step, skipped=loop.num_skipped)
@@ -207,18 +221,23 @@ def begin_stage(stage: Stage, live: TrainState, context: Context, *, is_new: boo
         tracker=context.tracker,
         checkpoints=context.checkpoints,
         stage_start=open_stage_start(folder.stage_start) if stage.is_low_rank and is_first_process else {},
+        stop_request=context.stop_request,
     )
 
 
-def stop(step: int, num_skipped: int, callbacks: Callbacks, context: Context) -> NoReturn:
+def stop(step: int, context: Context) -> NoReturn:
     """Stop the run cleanly. The status is written before any process exits: a launcher then kills the others."""
-    request, folder = context.stop_request, context.run.folder
-    saved = callbacks.stop(step, num_skipped, seconds_left=request.seconds_left())
-    why = "asked to stop" if request.signal is None else f"received {request.signal.name}"
-    resume_step = step if saved else last_step(folder.checkpoints)
-    reason = f"{why}: ended after update {step}; resumes from step {resume_step}"
-    if context.engine.world.process_index == 0:
+    request, folder, world = context.stop_request, context.run.folder, context.engine.world
+    context.checkpoints.wait()
+    world.barrier()  # the first process has written its checkpoint
+    resume_step = last_step(folder.checkpoints)
+    reason = f"{request.reason or 'asked to stop'}: ended after update {step}; resumes from step {resume_step}"
+    if world.process_index == 0:
         folder.write_status("preempted", step=resume_step, reason=reason)
+        if str(folder.stop) in reason:
+            folder.stop.unlink(missing_ok=True)
+    world.barrier()
+    request.obeyed, request.postpones = True, False
     raise Stopped(reason)
 
 
@@ -277,15 +296,21 @@ def title(stage: Stage) -> str:
 
 
 @contextmanager
-def failure_in_status(folder: RunFolder, *, may_write: bool) -> Iterator[None]:
-    """On failure, write the reason to the run's status.json if `may_write`: it may be the folder of another run."""
-    try:
-        yield
-    except Stopped:
-        raise  # in order: its status is written already
-    except BaseException as error:
+def end_in_status(folder: RunFolder, request: StopRequest, *, may_write: bool) -> Iterator[None]:
+    """However this ends early, write why to the run's status.json if `may_write`: it may be another run's folder."""
+
+    def write(status: Status, reason: str) -> None:
         if may_write and is_first():
             # A disk that cannot be written to may be the very reason; the error itself is more important.
             with suppress(OSError):
-                folder.write_status("failed", step=folder.last_step(), reason=str(error) or type(error).__name__)
+                folder.write_status(status, step=last_step(folder.checkpoints), reason=reason)
+
+    request.last_words = write
+    try:
+        yield
+    except BaseException as error:
+        if request.interrupted:  # the error may be what a library has made of it
+            write("preempted", f"{request.reason}: {request.outcome}")
+        elif not request.obeyed:  # else `stop` has written it
+            write("failed", str(error) or type(error).__name__)
         raise

@@ -149,6 +149,13 @@ def test_a_coarse_storage_and_its_master_are_compared() -> None:
     assert (row["merge_error"], row["master_error"]) == (0.5, 1e-7)
 
 
+def test_signals_at_random_moments_lose_nothing_and_leave_nothing(benchmark: Benchmark) -> None:
+    tables, limits = benchmark("signals", "--moments", "4", "--seed", "1")
+    [rows] = tables.values()
+    assert {row["command"]: row["moments"] for row in rows} == {"prepare": 1, "train": 2, "export": 1}
+    assert [what for what, limit in limits.items() if not limit["is_met"]] == []
+
+
 SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "benchmarks").glob("*.py"))}
 PROGRAMS = [name for name, source in SOURCES.items() if "ArgumentParser" in source and "__main__" in source]
 

@@ -186,6 +186,14 @@ def test_slurm_job_is_queued_again_when_the_run_was_preempted(
     assert result.stderr == ""
 
 
+def test_slurm_job_that_was_ended_by_the_file_stop_is_not_queued_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.write_status("preempted", step=7, reason=f"found {folder.stop}: ended after update 7; resumes from step 7")
+    folder.status.rename(folder.path / "next.json")
+    assert slurm_job(tmp_path, "some.yaml", code=143).returncode == 143
+    assert not requeued(tmp_path)
+
+
 def test_slurm_job_finds_the_run_folder_as_relora_does(tmp_path: Path) -> None:
     arguments = ["configs/quickstart.yaml", "--extend", f"output_dir={tmp_path / 'run'}"]
     result = slurm_job(tmp_path, *arguments, code=1, before="running", after="preempted", python=sys.executable)

@@ -11,7 +11,7 @@ import yaml
 
 from relora.config import Config, check
 
-TIMINGS = {"tokens_per_second", "step_seconds", "mfu", "peak_memory_bytes", "restart_seconds"}
+TIMINGS = {"time", "tokens_per_second", "step_seconds", "mfu", "peak_memory_bytes", "restart_seconds"}
 TRAFFIC = {"bytes_sent", "bytes_sent_full_rank"}
 
 MODEL = {

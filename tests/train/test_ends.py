@@ -4,22 +4,30 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from benchmarks.forks import forked
 from relora.checkpoint.load import checkpoint_problems, complete_checkpoints
+from relora.checkpoint.run_folder import RunFolder
 from relora.checkpoint.save import Checkpoints
 from relora.cli import main
 from relora.config import check
 from relora.errors import Stopped
+from relora.train.callbacks import Callbacks
 from relora.train.loop import Loop
 from relora.train.train import train
 from tests.helpers.launch import command, written
@@ -105,7 +113,8 @@ def test_a_signal_to_one_rank_ends_all_in_order(corpus: Path, tmp_path: Path) ->
         assert wait_until(lambda: launcher.poll() is not None, log) < 25
         assert launcher.returncode != 0
     assert_ended_in_order(config, "asked to stop")
-    assert log.read_text().count("relora: received SIGUSR1") == 1
+    # torchrun repeats, in its own report, what the process that ended first has said.
+    assert len(re.findall("^relora: received SIGUSR1: ended after", log.read_text(), re.MULTILINE)) == 1
     assert "exitcode  : 143" in log.read_text()
 
 
@@ -158,22 +167,172 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_never_was(
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def ask_in(method: str, step: int, monkeypatch: pytest.MonkeyPatch, *, call: int = 0) -> None:
+    """Send this process SIGTERM in the `call`-th call of a method of `Callbacks` after the update to `step`."""
+    reached, calls, original = [0], count(), getattr(Callbacks, method)
+    begin = Callbacks.restart_or_probe
+
+    def begun(callbacks: Callbacks, at: int) -> None:
+        reached[0] = at
+        begin(callbacks, at)
+
+    def signalled(*arguments: Any, **options: Any) -> Any:
+        if reached[0] == step and next(calls) == call:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(Callbacks, "restart_or_probe", begun)
+    monkeypatch.setattr(Callbacks, method, signalled)
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "step", "evaluated"),
+    [
+        ("give_up_if_asked", 1, 8, False),  # a batch of the evaluation
+        ("give_up_if_asked", 20, 8, False),  # a token of the samples
+        ("give_up_if_asked", 0, 12, False),  # the evaluation at the end
+        ("save", 0, 10, True),
+        ("probe_loss", 0, 7, True),  # in a restart
+    ],
+)
+def test_no_update_is_made_after_a_signal_and_none_is_lost(
+    whole: dict[str, Any],
+    method: str,
+    call: int,
+    step: int,
+    evaluated: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tree = whole | {"output_dir": str(tmp_path / "run")}
+    ask_in(method, step, monkeypatch, call=call)
+    with pytest.raises(Stopped, match=f"received SIGTERM: ended after update {step}; resumes from step {step}"):
+        train(check(tree))
+    monkeypatch.undo()
+    newest = complete_checkpoints(tmp_path / "run/checkpoints")[-1]
+    assert json.loads((newest / "MANIFEST.json").read_text())["evaluated"] is evaluated
+    train(check(tree))
+    assert sorted(metrics(tree["output_dir"]), key=str) == sorted(metrics(whole["output_dir"]), key=str)
+
+
+def test_an_evaluation_before_the_first_update_is_given_up(
+    whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = whole | {"output_dir": str(tmp_path / "run")}
+    ask_in("give_up_if_asked", 0, monkeypatch)
+    with pytest.raises(Stopped, match="received SIGTERM: ended after update 0; resumes from step 0"):
+        train(check(tree))
+    assert metrics(tree["output_dir"]) == []
+    assert complete_checkpoints(tmp_path / "run/checkpoints") == []
+
+
+def rank_of_two(tree: dict[str, Any], index: int, port: int) -> None:
+    """One of two processes, as a launcher would start them."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    os.environ |= place | {"RANK": str(index), "LOCAL_RANK": str(index)}
+    PartialState._reset_state()  # this process's parent has one of its own
+    train(check(tree))
+
+
+def test_an_evaluation_is_given_up_by_all_processes_at_the_same_batch(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Callbacks.give_up_if_asked
+
+    def slowly(callbacks: Callbacks) -> None:
+        (tmp_path / "evaluates").touch()
+        time.sleep(0.5)
+        slow(callbacks)
+
+    monkeypatch.setattr(Callbacks, "give_up_if_asked", slowly)
+    short = {"training__max_steps": 6, "training__per_device_eval_batch_size": 1, "training__eval_steps": 100}
+    tree = settings(corpus, tmp_path / "run", **short, training__save_steps=100)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = int(server.getsockname()[1])
+    processes = [forked(partial(rank_of_two, tree, index, port)) for index in (0, 1)]
+    with processes[0] as first, processes[1] as second:
+        first.wait_until((tmp_path / "evaluates").exists)
+        asked_s = time.monotonic()
+        second.send(signal.SIGUSR1)
+        assert [process.end()[0] for process in processes] == [143, 143]
+        assert time.monotonic() - asked_s < 10
+        assert "relora: asked to stop: ended after update 0; resumes from step 0" in first.end()[1]
+        assert "relora: received SIGUSR1: ended after update 0; resumes from step 0" in second.end()[1]
+    assert status(tmp_path / "run.yaml")["status"] == "preempted"
+
+
+def test_processes_end_soon_after_their_launcher(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    update = Loop.update
+
+    def slowly(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        return update(*arguments)
+
+    monkeypatch.setattr(Loop, "update", slowly)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    options = {"training__max_steps": 100, "training__save_steps": 1000, "data__num_workers": 1}
+    tree = settings(corpus, tmp_path / "run", **options)
+
+    def launcher() -> None:
+        pid = os.fork()
+        if pid:
+            os.waitpid(pid, 0)
+        else:
+            with suppress(Stopped):
+                train(check(tree))
+            os._exit(0)
+
+    with forked(launcher) as process:
+        process.wait_until(lambda: steps_done(tmp_path / "run.yaml") > 2)
+        process.send(signal.SIGKILL)
+        process.end()
+        gone_s = time.monotonic()
+        while process.orphans():
+            assert time.monotonic() - gone_s < 3
+            time.sleep(0.02)
+    told = status(tmp_path / "run.yaml")
+    assert told["status"] == "preempted"
+    step = told["step"]
+    assert told["reason"] == f"the launcher is gone: ended after update {step}; resumes from step {step}"
+    assert step > 0
+    with RunFolder(tmp_path / "run").locked():
+        pass
+
+
+def test_a_launcher_is_told_the_error_that_it_shows(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # torchrun gives each process the name of such a file, and prints its message below all that has ended.
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    path = written(settings(corpus, tmp_path / "run"), tmp_path)
+    assert main(["train", str(path), "training.max_step=3"]) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(tmp_path / "error.json"))
+    assert failure.message.startswith("relora: training.max_step = 3: unknown key")
+    assert "\n" not in failure.message, "no traceback"
+    assert time.time() - failure.timestamp < 60
+
+
 def test_no_checkpoint_is_begun_that_would_take_too_long(
     whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = whole | {"output_dir": str(tmp_path / "run")}
     ask_after(7, monkeypatch, signal.SIGTERM)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # as under a launcher, which kills
     monkeypatch.setattr(Checkpoints, "expected_seconds", lambda _: 31.0)
     with pytest.raises(Stopped, match="received SIGTERM: ended after update 7; resumes from step 5"):
         train(check(tree))
     assert not list((tmp_path / "run/checkpoints").glob(".tmp-*"))
 
 
-def test_a_signal_in_the_last_update_changes_nothing(
+def test_a_signal_in_the_last_update_leaves_what_is_due_to_the_resumed_run(
     whole: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tree = whole | {"output_dir": str(tmp_path / "run")}
     ask_after(12, monkeypatch, signal.SIGTERM)
+    with pytest.raises(Stopped, match="received SIGTERM: ended after update 12; resumes from step 12"):
+        train(check(tree))
+    monkeypatch.undo()
+    assert not (tmp_path / "run/final").exists()
     train(check(tree))
     assert metrics(tree["output_dir"]) == metrics(whole["output_dir"])
     assert status(tmp_path / "run.yaml")["status"] == "finished"

@@ -100,9 +100,10 @@ def test_lines_have_the_pinned_fields(run: Path) -> None:
         "tokens_per_second",
         "step_seconds",
         "peak_memory_bytes",
+        "time",
     ]
     assert (update["step"], update["samples_seen"], update["tokens"], update["skipped"]) == (1, 8, 8 * 32, 0)
-    assert list(next(line for line in lines if "eval_loss" in line)) == ["step", "eval_loss", "eval_perplexity"]
+    assert list(next(line for line in lines if "eval_loss" in line)) == ["step", "eval_loss", "eval_perplexity", "time"]
     assert update["peak_memory_bytes"] > 2**26
 
 
