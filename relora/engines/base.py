@@ -79,6 +79,8 @@ class Engine(ABC):
         reduces_gradients: whether processes exchange the gradients of an update.
         some_gradients_missing: whether a batch may leave some trained parameters without a gradient (experts). Set
             before `prepare`.
+        counted_update: the first update of a process that sends as much as all later ones. Not the second under DDP,
+            which then sends the order of its buckets.
     """
 
     name: str
@@ -88,6 +90,7 @@ class Engine(ABC):
     splits_masters = True
     reduces_gradients = True
     some_gradients_missing = False
+    counted_update = 1
 
     def __init__(self, world: World, task: Task, *, mixed_precision: str, max_grad_norm: float | None) -> None:
         self.world, self.task = world, task
@@ -215,7 +218,7 @@ class Engine(ABC):
         carry_residual: bool = False,
     ) -> RestartReport:
         """`relora.restart` with the engine's access to parameters and state; arguments and errors as there."""
-        return restart(
+        report = restart(
             state.model,
             state.optimizer,
             seed=seed,
@@ -228,6 +231,30 @@ class Engine(ABC):
             draw_index=self.draw_index,
             transform_delta=self.transform_delta,
         )
+        self.synchronize(state)
+        return report
+
+    def synchronize(self, state: TrainState) -> None:
+        """Make the copies of parameters equal after a restart where processes compute on devices of different kinds.
+
+        These round differently, so that the same merge comes out with other last bits. The first process's copies are
+        taken; they differ from the others' by this rounding alone.
+        """
+        if self.world.is_mixed:
+            for values in self.replicas(state).values():
+                values.copy_(self.world.broadcast(values, 0))
+
+    def replicas(self, state: TrainState) -> dict[str, Tensor]:
+        """The parameters that every process holds a copy of, by name.
+
+        A sharded parameter has no second copy that could differ.
+        """
+        found = {}
+        for name, parameter in named_parameters(state.model).items():
+            shard = self.store.local(parameter)
+            if not shard.is_partial:
+                found[name] = shard.values
+        return found
 
     def restart_store(self, state: TrainState) -> Store:  # noqa: ARG002
         """The store that a restart works on."""
@@ -237,19 +264,17 @@ class Engine(ABC):
         """The update to merge into the weight of layer `name`, for the one that was learned."""
         return delta
 
-    def checksum(self, state: TrainState, *, leave_out: frozenset[str] = frozenset()) -> str:
-        """Sums in float64 of all parameters that every process holds a copy of: equal on all after a restart.
+    def checksum(self, state: TrainState) -> str:
+        """Sums of all parameters that every process holds a copy of: equal on all after a restart.
 
-        A sharded parameter has no second copy that could differ.
-
-        Args:
-            leave_out: canonical names of parameters that may differ.
+        The bits are summed as integers. Sums of equal floating-point values may differ, as devices of different kinds
+        add in different orders.
         """
+        integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
         sums = {}
-        for name, parameter in named_parameters(state.model).items():
-            shard = self.store.local(parameter)
-            if name not in leave_out and not shard.is_partial:
-                sums[name] = shard.values.sum(dtype=torch.float64).item()
+        for name, values in self.replicas(state).items():
+            bits = values.contiguous().view(-1).view(integers[values.element_size()])
+            sums[name] = bits.sum(dtype=torch.int64).item()
         return str(sums)
 
     def sent_per_gradient_byte(self, num_micro_batches: int) -> float:  # noqa: ARG002
@@ -259,6 +284,7 @@ class Engine(ABC):
 
     def compile(self, state: TrainState) -> None:
         """Compile the model with torch.compile."""
+        self.counted_update = 3  # counting hinders the compilation, which the first updates bring
         compile_in_place(state.model)
 
     def release(self, state: TrainState) -> None:

@@ -43,6 +43,8 @@ class DeepSpeedEngine(Engine):
         self.zero_stage = int(settings["zero_optimization"]["stage"])
         self.name = f"DeepSpeed ZeRO-{self.zero_stage} ({world.backend})"
         self.store: ZeroStore = ZeroStore(world.device)
+        if self.zero_stage == 3:
+            self.counted_update = 3  # before, it learns the order of the modules, and gathers more often
 
     @classmethod
     def from_config(cls, config: Config, world: World, task: Task) -> "DeepSpeedEngine":

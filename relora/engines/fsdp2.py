@@ -64,18 +64,25 @@ class FSDPOptions:
         """The modules of `model` that are gathered one at a time, the innermost first.
 
         Raises:
-            ValueError: no module is of a named class.
+            ValueError: no module is of a named class, or one shares a parameter with others.
         """
         if self.one_unit:
             return []
+        open_modules = _modules_with_shared_parameters(model)
         if self.min_num_params is not None:
-            return _units_by_size(model, self.min_num_params)
+            return _units_by_size(model, self.min_num_params, open_modules)
         names = self.block_names or tuple(getattr(model, "_no_split_modules", None) or ())
         units = [module for module in reversed([*model.modules()]) if type(module).__name__ in names]
         if not units:
             raise ValueError(
                 f"FSDP: {type(model).__name__} has no module of class {', '.join(names) or '(it names none)'}; "
                 "set fsdp_transformer_layer_cls_to_wrap in the accelerate config"
+            )
+        tied = sorted({type(unit).__name__ for unit in units if unit in open_modules})
+        if tied:
+            raise ValueError(
+                f"FSDP: {', '.join(tied)} of {type(model).__name__} shares a parameter with a module outside of it, "
+                "such as tied embeddings, so it cannot be a unit; leave it out of fsdp_transformer_layer_cls_to_wrap"
             )
         return units
 
@@ -150,8 +157,11 @@ class FSDP2Engine(Engine):
             with super().inference(state):
                 yield
         finally:
-            # Without a backward pass the outermost unit would stay gathered, and its parameters plain tensors.
-            cast(FSDPModule, state.model).reshard()
+            # Without a backward pass units would stay gathered, and their parameters plain tensors: the outermost one,
+            # and all if they are not resharded after the forward pass.
+            for module in state.model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()
 
     def sent_per_gradient_byte(self, num_micro_batches: int) -> float:
         n = self.world.num_processes
@@ -159,6 +169,7 @@ class FSDP2Engine(Engine):
 
     def compile(self, state: TrainState) -> None:
         """Compile each unit separately, because FSDP's gather hooks run between them; without units, the model."""
+        self.counted_update = 3
         for unit in self._units or [state.model]:
             compile_in_place(unit)
 
@@ -193,12 +204,30 @@ def _shard_of(tensor: Tensor) -> Shard:
     return Shard(sharded.to_local(), first * row_size, is_partial=True)
 
 
-def _units_by_size(model: nn.Module, min_num_params: int) -> list[nn.Module]:
-    """From the innermost outwards: modules that hold enough parameters not yet in a unit."""
+def _modules_with_shared_parameters(model: nn.Module) -> set[nn.Module]:
+    """The modules that hold a parameter which a module outside of them holds too, such as tied embeddings.
+
+    As a unit of its own such a module would shard a copy of the parameter, and untie it.
+    """
+    holders: dict[int, set[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), set()).add(module)
+    shared = [modules for modules in holders.values() if len(modules) > 1]
+    inside = {module: set(module.modules()) for module in model.modules()} if shared else {}
+    return {module for module, within in inside.items() if any(within & held and held - within for held in shared)}
+
+
+def _units_by_size(model: nn.Module, min_num_params: int, open_modules: set[nn.Module]) -> list[nn.Module]:
+    """From the innermost outwards: modules that hold enough parameters not yet in a unit.
+
+    Args:
+        open_modules: those that cannot be units; their parameters go to the unit around them.
+    """
     units, taken = [], set[int]()
     for module in reversed([*model.modules()][1:]):
         own = {id(p): p.numel() for p in module.parameters() if id(p) not in taken}
-        if sum(own.values()) >= min_num_params and not isinstance(module, nn.ModuleList):
+        if sum(own.values()) >= min_num_params and not isinstance(module, nn.ModuleList) and module not in open_modules:
             units.append(module)
             taken |= own.keys()
     return units

@@ -22,7 +22,7 @@ from relora.engines.state_entry import Entry, state_prefix
 from relora.engines.world import World
 from relora.method.lora import factor_names, lora_layers
 from relora.method.names import named_parameters
-from relora.method.restart import RestartReport, start_factors
+from relora.method.restart import start_factors
 from relora.method.store import Store, TorchStore
 from relora.model.tasks import Task
 
@@ -52,7 +52,9 @@ class OuterOptimizer:
             return delta
         if self.momentum == 0:
             return delta * self.learning_rate
-        velocity = self.velocity.setdefault(name, torch.zeros_like(delta)).mul_(self.momentum).add_(delta)
+        # A resume may have left it on another device: the delta of a weight with a master is formed where that lies.
+        velocity = self.velocity.get(name, torch.zeros_like(delta)).to(delta.device).mul_(self.momentum).add_(delta)
+        self.velocity[name] = velocity
         return (delta + self.momentum * velocity) * self.learning_rate
 
     def anchor(self, name: str, values: Tensor) -> None:
@@ -64,7 +66,8 @@ class OuterOptimizer:
         """The values from which every process continues, given the mean of theirs."""
         if self.is_plain_mean:
             return mean
-        return self.anchors[name] + self.step(name, mean - self.anchors[name])
+        anchor = self.anchors[name].to(mean.device)
+        return anchor + self.step(name, mean - anchor)
 
     def tensors(self) -> dict[str, Tensor]:
         """The state for a checkpoint: `velocity/<name>` and `anchor/<name>`."""
@@ -112,7 +115,7 @@ class LocalSGDEngine(DDPEngine):
 
     def begin(self, state: TrainState, extra: Mapping[str, Tensor], *, cycle: int, draw_index: int) -> None:
         for key, tensor in extra.items():
-            self._outer.load(key, tensor.to(self.world.device))
+            self._outer.load(key, tensor)
         if self.reduces_gradients:
             return
         if draw_index != self.draw_index:
@@ -143,14 +146,13 @@ class LocalSGDEngine(DDPEngine):
             for entry in entries
         ]
 
-    def restart(self, state: TrainState, **settings: object) -> RestartReport:
-        report = super().restart(state, **settings)  # type: ignore[arg-type]
+    def synchronize(self, state: TrainState) -> None:
         for name, parameter in _trained_in_full(state.model).items():
             mean = parameter.detach() / self.world.num_processes
             self.world.all_reduce(mean)
             self.store.write(parameter, self._outer.combine(name, mean))
             self._outer.anchor(name, parameter)
-        return report
+        super().synchronize(state)
 
     def restart_store(self, state: TrainState) -> Store:
         return MeanStore(self.world, {id(layer.lora_A) for layer in lora_layers(state.model).values()})
@@ -158,8 +160,9 @@ class LocalSGDEngine(DDPEngine):
     def transform_delta(self, name: str, delta: Tensor) -> Tensor:
         return self._outer.step(name, delta)
 
-    def checksum(self, state: TrainState, *, leave_out: frozenset[str] = frozenset()) -> str:
-        return super().checksum(state, leave_out=leave_out | factor_names(state.model))
+    def replicas(self, state: TrainState) -> dict[str, Tensor]:
+        factors = factor_names(state.model)
+        return {name: values for name, values in super().replicas(state).items() if name not in factors}
 
 
 class MeanStore(TorchStore):

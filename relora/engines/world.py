@@ -1,6 +1,7 @@
 """The processes of one launch: reading the launcher's environment, joining, communication outside of the model."""
 
 import os
+import platform
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Literal
@@ -64,12 +65,22 @@ def world_problems(num_processes: int, wanted: int | None) -> list[str]:
     return problems
 
 
+def device_kind(device: torch.device) -> str:
+    """What decides how a device rounds: the model of a GPU, the vector instructions of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
 class World:
     """This process among the others. All methods are collective, unless they say otherwise.
 
     Args:
         wanted: number of processes that the run wants; None for any.
         group_of_one: create a process group for a single process too.
+
+    Attributes:
+        is_mixed: the processes compute on devices of different kinds.
 
     Raises:
         UserError: as `world_problems`.
@@ -90,7 +101,9 @@ class World:
             self._heartbeat.start()
             if distributed.get_backend() != "gloo":
                 self._host_group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
-        elif group_of_one and not distributed.is_initialized():
+        # Devices of different kinds round the same computation differently.
+        self.is_mixed = not self.all_equal(device_kind(self.device))
+        if self.num_processes == 1 and group_of_one and not distributed.is_initialized():
             store = torch.distributed.HashStore()  # type: ignore[attr-defined]
             distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
 

@@ -5,7 +5,7 @@ the flat partition of some process, which overwrites the first at the next step.
 Adam's step count is one number for each flat partition.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from relora.engines.sharded_store import DistributedStore
 from relora.method.optimizer_state import Slot, fresh_state
-from relora.method.store import Shard
+from relora.method.store import Shard, Stepped
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,13 @@ class Fragment:
 
     Attributes:
         flat: the flat fp32 partition, which is the key of its state in the inner optimizer.
+        group: number of the partition.
+        members: the parameters that have entries in it, on this process or others.
     """
 
     flat: Tensor
+    group: int
+    members: Sequence[nn.Parameter]
     offset: int
     length: int
     start: int
@@ -70,7 +74,14 @@ class ZeroStore(DistributedStore):
         if not inner.state.get(flat):  # several parameters share it
             inner.state[flat] = fresh_state(inner, flat, slots, shape=self.shape(parameter), step=step)
 
-    def _state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    def stepped(self, optimizer: Optimizer, parameter: nn.Parameter) -> Stepped:
+        zero: Any = optimizer
+        fragment = _fragment(zero, parameter)
+        # ZeRO-3 splits a parameter group into several flat partitions, ZeRO-1 and 2 have one a group.
+        group = zero.sub_group_to_group_id[fragment.group] if _is_partitioned(parameter) else fragment.group
+        return Stepped(zero.optimizer, zero.optimizer.param_groups[group], fragment.flat, fragment.members)
+
+    def state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
         zero: Any = optimizer
         state: dict[str, Any] = zero.optimizer.state.get(_fragment(zero, parameter).flat, {})
         return state
@@ -105,10 +116,15 @@ def _fragment(zero: Any, parameter: Any) -> Fragment:
     if _is_partitioned(parameter):
         shard = _model_shard(parameter)
         group, offset, _ = zero.grad_position[zero.get_param_id(parameter)]
-        return Fragment(zero.fp32_partitioned_groups_flat[group], offset, shard.values.numel(), shard.start)
+        flat = zero.fp32_partitioned_groups_flat[group]
+        return Fragment(flat, group, zero.fp16_groups[group], offset, shard.values.numel(), shard.start)
     group = next(i for i, members in enumerate(zero.bit16_groups) if any(p is parameter for p in members))
-    flat, mapping = zero.single_partition_of_fp32_groups[group], parameter._hp_mapping
+    flat, mapping, members = (
+        zero.single_partition_of_fp32_groups[group],
+        parameter._hp_mapping,
+        zero.bit16_groups[group],
+    )
     if mapping is None:
-        return Fragment(flat, 0, 0, 0)
+        return Fragment(flat, group, members, 0, 0, 0)
     master_range, model_range = mapping.hp_fragment_address, mapping.lp_fragment_address
-    return Fragment(flat, master_range.start, master_range.numel, model_range.start)
+    return Fragment(flat, group, members, master_range.start, master_range.numel, model_range.start)

@@ -6,15 +6,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from relora.method.lora import FACTORS, LoRAConfig, LoRALinear, lora_layers
+from relora.method.lora import LoRAConfig, LoRALinear, lora_layers
 from relora.method.merge import merge_layer
 from relora.method.merged_cache import attach_caches
 from relora.method.names import canonical, colliding_names, named_parameters
+from relora.method.new_factors import start_layer
 from relora.method.parameter_report import LEFT_OUT, ParameterReport, parameter_report
 from relora.method.plain_layers import linear_layers
 from relora.method.registry import resolve_object
 from relora.method.reinit import REINITS, DrawKey, Reinit
-from relora.method.restart import check_layers, start_layer
+from relora.method.restart import check_finite, check_layers
 from relora.method.routes import merge_problem
 from relora.method.siblings import group_siblings
 from relora.method.store import TorchStore
@@ -127,10 +128,7 @@ def merge_lora(model: nn.Module) -> nn.Module:
     check_layers(layers, store)
     for parameter in model.parameters():
         store.check(parameter)
-    factors = {f"{name}.{which}": getattr(layer, which) for name, layer in layers.items() for which in FACTORS}
-    bad = [name for name, factor in factors.items() if not factor.isfinite().all()]
-    if bad:
-        raise ValueError(f"{len(bad)} of {len(factors)} LoRA factors are not finite: {', '.join(bad[:4])}")
+    check_finite(layers, store)
     _unwrap(model, list(layers.values()))
     return model
 

@@ -1,7 +1,7 @@
 """The one place where an update goes into its W, or out of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -106,6 +106,24 @@ def merge_layer(
     if exact.is_partial:
         delta = lora_delta(A, B, layer.scale, transposed=layer.transposed)
     return Merge(_seen_error(layer, store, seen, delta, offset), _ratio(error, size), rank)
+
+
+def preview_merge(
+    layer: LoRALinear, store: Store, transform_delta: Callable[[Tensor], Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """The exact full W as `merge_layer` is going to leave it, to the bit, and the transformed delta. Writes nothing.
+
+    Returns:
+        W in the layout of the layer, and this process's shard of what `transform_delta` returned, None without it.
+    """
+    exact = store.master(layer.weight)
+    delta = delta_of_shard(layer, store.read(layer.lora_A), store.read(layer.lora_B), exact)
+    if transform_delta is not None:
+        delta = transform_delta(delta)
+    merged = replace(exact, values=(exact.values.to(delta.dtype) + delta).to(exact.values.dtype))
+    shape = store.shape(layer.weight)
+    full = store.gather(shape, merged) if merged.is_partial else merged.values.view(shape)
+    return full, delta if transform_delta is not None else None
 
 
 def take_out(layer: LoRALinear, A: Tensor, B: Tensor, store: Store) -> Offset:

@@ -113,10 +113,7 @@ def optimizer_kind(name: str, *, setting: str = "optimizer") -> OptimizerKind:
     return OptimizerKind(build=kind)
 
 
-def kind_of(optimizer: Optimizer) -> OptimizerKind:
-    """The kind of which `build_optimizer` built it; of one that was built elsewhere, the kind of its library."""
-    [group, *_] = optimizer.param_groups
-    if _KIND in group:
-        return optimizer_kind(group[_KIND])
-    library = type(optimizer).__module__.partition(".")[0]
-    return next((kind for kind in OPTIMIZERS.values() if kind.library == library), OPTIMIZERS["adamw"])
+def declared_kind(optimizer: Optimizer) -> OptimizerKind | None:
+    """The kind of which `build_optimizer` built it; None for an optimizer that was built elsewhere."""
+    group = next(iter(optimizer.param_groups), {})
+    return optimizer_kind(group[_KIND]) if _KIND in group else None

@@ -1,11 +1,11 @@
 """The optimizer's state of one parameter: which entries it has, what they mean, and how they begin.
 
-Three kinds of entries are known: moments (floating point, of the parameter's shape), scalars (the step count, and
-others that an `OptimizerKind` names), and moments in a quantized format, with the tensors that belong to them.
+Moments have the parameter's shape and begin at 0, in floating point or in a quantized format with tensors that belong
+to it; scalars (the step count, and others) and all further entries are named by a `StateRule`.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 STEP = "step"  # the name under which torch, bitsandbytes and DeepSpeed count the updates of a parameter
+PARAMETER = "parameter"  # in StateRule.initial: an entry that holds values of the parameter
 
 
 @dataclass(frozen=True)
@@ -43,24 +44,26 @@ class QuantizedMoments:
     clear: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-@dataclass(frozen=True)
-class OptimizerKind:
-    """How an optimizer is built, and what a reset has to know of its state.
+@dataclass(frozen=True, kw_only=True)
+class StateRule:
+    """How the state of one parameter begins, entry by entry: what a reset has to know of an optimizer.
+
+    Floating-point tensors of the parameter's shape are moments, which begin at 0, unless `initial` says otherwise.
 
     Attributes:
-        build: (parameter groups, settings) -> the optimizer. The groups carry `params`, `name` and `weight_decay`, the
-            settings `lr`, `betas` and `eps`, so that torch's AdamW is `AdamW(groups, **settings)`.
         scalars: names of the scalars in its state, or names with their values before the first update. A bare name
             begins at 0. Those that it does not use need not be there.
+        initial: entries that are neither such moments nor scalars -> the number in all of their places before the
+            first update, or PARAMETER where they hold values of the parameter (an average, an iterate): these follow
+            the parameter at every restart.
+        counters: entries of the parameter group that count its updates -> their values before the first.
         quantized: the format of moments that are stored as integers; None if all are floating point.
-        library: the module that must be installed, and `install`, the command that installs it.
     """
 
-    build: Callable[[list[dict[str, Any]], dict[str, Any]], Optimizer]
     scalars: Mapping[str, float] | tuple[str, ...] = (STEP,)
+    initial: Mapping[str, float | str] = field(default_factory=dict)
+    counters: Mapping[str, float] = field(default_factory=dict)
     quantized: QuantizedMoments | None = None
-    library: str | None = None
-    install: str | None = None
 
     @property
     def initial_scalars(self) -> dict[str, float]:
@@ -73,16 +76,17 @@ class OptimizerKind:
         In this order the first moment comes first (exp_avg, state1), however a checkpoint brought them back.
         """
         quantized = self._quantized(slots)
-        others = {companion for names in quantized.values() for companion in names} | self.initial_scalars.keys()
+        others = {companion for names in quantized.values() for companion in names}
+        others |= self.initial_scalars.keys() | self.initial.keys()
         floats = {name for name, slot in slots.items() if slot.dtype.is_floating_point and slot.shape == shape}
         return sorted((floats - others) | quantized.keys())
 
     def unknown(self, slots: Mapping[str, Slot], shape: torch.Size) -> list[str]:
-        """The slots that a reset cannot clear: neither moments nor companions of moments nor named scalars."""
+        """The slots whose beginning is not known: neither moments nor their companions nor named."""
         companions = [companion for names in self._quantized(slots).values() for companion in names]
         scalars = [name for name, slot in slots.items() if name in self.initial_scalars and slot.shape.numel() == 1]
-        known = {*self.moments(slots, shape), *companions, *scalars}
-        return [f"{name} {tuple(slot.shape)} {slot.dtype}" for name, slot in slots.items() if name not in known]
+        known = {*self.moments(slots, shape), *companions, *scalars, *self.initial}
+        return [describe(name, slot) for name, slot in slots.items() if name not in known]
 
     def _quantized(self, slots: Mapping[str, Slot]) -> dict[str, tuple[str, str]]:
         """The moments that are integers here, with their companions.
@@ -95,6 +99,32 @@ class OptimizerKind:
             for moment, names in companions.items()
             if moment in slots and not slots[moment].dtype.is_floating_point
         }
+
+
+@dataclass(frozen=True)
+class OptimizerKind(StateRule):
+    """How an optimizer is built, and how its state begins.
+
+    Attributes:
+        build: (parameter groups, settings) -> the optimizer. The groups carry `params`, `name` and `weight_decay`, the
+            settings `lr`, `betas` and `eps`, so that torch's AdamW is `AdamW(groups, **settings)`.
+        library: the module that must be installed, and `install`, the command that installs it.
+    """
+
+    build: Callable[[list[dict[str, Any]], dict[str, Any]], Optimizer]
+    library: str | None = None
+    install: str | None = None
+
+    @property
+    def declares_state(self) -> bool:
+        """Whether it says anything of the state; if not, the optimizer's class decides, or a trial of it."""
+        says_nothing = StateRule()
+        named = ("scalars", "initial", "counters", "quantized")
+        return any(getattr(self, name) != getattr(says_nothing, name) for name in named)
+
+
+def describe(name: str, slot: Slot) -> str:
+    return f"{name} {tuple(slot.shape)} {slot.dtype}"
 
 
 def state_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

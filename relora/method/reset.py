@@ -3,16 +3,22 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora.method.optimizer import kind_of
-from relora.method.optimizer_state import STEP, OptimizerKind
+from relora.method.factor_state import FactorReset, FactorState
+from relora.method.optimizer_state import PARAMETER, StateRule
 from relora.method.reinit import DrawKey
+from relora.method.state_rules import FactorRule, declared_rule, find_rules
 from relora.method.store import Store
+
+MISSING = (
+    "have no state in the optimizer, so it cannot be reset (either it has not made an update yet, or it trains other "
+    "parameters)"
+)
 
 
 class Reset(ABC):
@@ -83,111 +89,118 @@ class Keep(Reset):
 RESETS: Mapping[str, Reset] = {"zero": Zero(), "magnitude": Magnitude(), "random": Random(), "keep": Keep()}
 
 
-def state_problems(optimizer: Optimizer, factors: Mapping[str, nn.Parameter], store: Store) -> list[str]:
-    """Why the state of these factors cannot be reset: there is none, or it has entries that no rule clears."""
-    missing = [name for name, factor in factors.items() if not store.has_state(optimizer, factor)]
-    if missing:
-        return [
-            f"{len(missing)} of {len(factors)} LoRA factors have no state in the optimizer, so it cannot be reset: "
-            f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. Either the optimizer has not made an "
-            "update yet, or it trains other parameters"
-        ]
-    kind, unknown = kind_of(optimizer), {}
-    for name, factor in factors.items():
-        slots = store.slots(optimizer, factor)
-        entries = kind.unknown(slots, store.shape(factor))
-        if store.step(optimizer, factor) is not None and STEP not in kind.initial_scalars:
-            entries.append(STEP)
-        if entries:
-            unknown[name] = entries
-    if not unknown:
-        return []
-    name, entries = next(iter(unknown.items()))
-    return [
-        f"{type(optimizer).__name__} keeps state that a reset cannot clear, of {len(unknown)} of {len(factors)} LoRA "
-        f"factors, such as {name}: {', '.join(entries)}. It clears floating-point tensors of the parameter's shape, "
-        "the scalars that OptimizerKind.scalars names, and moments in the format of OptimizerKind.quantized; "
-        "optimizer_reset = keep leaves all state as it is"
-    ]
-
-
-@dataclass(frozen=True)
-class FactorState:
-    """The optimizer's state of one factor, as a reset reads and writes it."""
-
-    optimizer: Optimizer
-    factor: nn.Parameter
-    store: Store
-    kind: OptimizerKind
-
-    def read(self, moment: str) -> Tensor:
-        """One full moment in floating point. May alias the optimizer's state."""
-        values = self._slot(moment)
-        if self.kind.quantized is None or values.is_floating_point():
-            return values
-        scales, table = (self._slot(name) for name in self.kind.quantized.companions[moment])
-        return self.kind.quantized.dequantize(values, scales, table)
-
-    def clear(self, moment: str, mask: Tensor) -> None:
-        """Set entries of one moment to zero; the others stay as they are, to the bit."""
-        values = self._slot(moment)
-        if self.kind.quantized is None or values.is_floating_point():
-            self.store.write_slot(self.optimizer, self.factor, moment, values.masked_fill(mask, 0))
-            return
-        scales, table = self.kind.quantized.companions[moment]
-        integers, new_scales = self.kind.quantized.clear(values, self._slot(scales), self._slot(table), mask)
-        self.store.write_slot(self.optimizer, self.factor, moment, integers)
-        self.store.write_slot(self.optimizer, self.factor, scales, new_scales)
-
-    def clear_scalars(self) -> None:
-        """Set the step count and the kind's other scalars to their values before the first update."""
-        optimizer, factor, store = self.optimizer, self.factor, self.store
-        slots = store.slots(optimizer, factor)
-        for name, value in self.kind.initial_scalars.items():
-            if name == STEP and store.step(optimizer, factor) is not None:
-                store.write_step(optimizer, factor, value)
-            elif name in slots:
-                store.write_slot(optimizer, factor, name, torch.full(slots[name].shape, value))
-
-    def _slot(self, name: str) -> Tensor:
-        return self.store.read_slot(self.optimizer, self.factor, name)
-
-
-def reset_state(
+def plan_resets(
     optimizer: Optimizer,
-    name: str,
-    factor: nn.Parameter,
+    factors: Mapping[str, nn.Parameter],
     *,
     reset: Reset,
     prune_ratio: float,
-    key: DrawKey,
+    seed: int,
+    index: int,
     store: Store,
-) -> tuple[int, int]:
-    """Reset the state of the LoRA factor `name`; `state_problems` must have found none.
-
-    Returns:
-        (entries that are zero afterwards, entries), read back and summed over the moments.
+) -> list[FactorReset]:
+    """What the reset will do to each factor. Changes nothing.
 
     Raises:
-        RuntimeError: an entry that was cleared, or the step count, reads back as something else.
+        ValueError: state is missing, or cannot be cleared by this reset.
+        RuntimeError: a mask of the policy is no use.
     """
-    state = FactorState(optimizer, factor, store, kind_of(optimizer))
-    moments = state.kind.moments(store.slots(optimizer, factor), store.shape(factor))
-    mask = reset.mask(state.read(moments[0]), prune_ratio, key.generator("prune")) if moments else None
-    if mask is not None:
-        if mask.dtype != torch.bool or mask.shape != store.shape(factor):
-            expected = tuple(store.shape(factor))
-            raise RuntimeError(f"{name}: a mask must be bool {expected}, not {mask.dtype} {tuple(mask.shape)}")
-        for moment in moments:
-            state.clear(moment, mask)
-    if reset.clears_step:
-        state.clear_scalars()
-    after = [state.read(moment) for moment in moments]
-    if mask is not None:
-        num_left = sum(int(values[mask].count_nonzero()) for values in after)
-        if num_left:
-            raise RuntimeError(f"{name}: {num_left} cleared entries of {', '.join(moments)} read back as not 0")
-    step = store.step(optimizer, factor)
-    if reset.clears_step and step is not None and step != state.kind.initial_scalars[STEP]:
-        raise RuntimeError(f"{name}: the step count was cleared, and reads back as {step:g}")
-    return sum(int((values == 0).sum()) for values in after), sum(values.numel() for values in after)
+    if isinstance(reset, Keep):
+        # Averages and iterates of the old factors would bring back what has been merged: they follow in any case.
+        rules = {name: declared_rule(store.stepped(optimizer, factor).optimizer) for name, factor in factors.items()}
+        for factor in factors.values():
+            store.slots(optimizer, factor)  # which refuses entries that are no tensors
+        return [FactorReset(name, factor, rules[name] or StateRule()) for name, factor in factors.items()]
+    found = find_rules(optimizer, factors, store)
+    problems = state_problems(optimizer, factors, found, reset, store)
+    if problems:
+        raise ValueError("\n".join(problems))
+    plans = []
+    for name, factor in factors.items():
+        rule, mask = found[name].rule, None
+        if rule is not None:
+            key = DrawKey(seed, index, name)
+            mask = _mask(FactorState(optimizer, factor, store, rule), reset, prune_ratio, key)
+        plans.append(FactorReset(name, factor, rule, mask, reset.clears_step, isinstance(reset, Zero)))
+    return plans
+
+
+def problems_before_training(
+    optimizer: Optimizer, factors: Mapping[str, nn.Parameter], reset: Reset, store: Store
+) -> list[str]:
+    """As `state_problems`, as far as they can be known before there is any state."""
+    if isinstance(reset, Keep):
+        return []
+    rules = {name: replace(rule, is_missing=False) for name, rule in find_rules(optimizer, factors, store).items()}
+    return state_problems(optimizer, factors, rules, reset, store)
+
+
+def state_problems(
+    optimizer: Optimizer,
+    factors: Mapping[str, nn.Parameter],
+    rules: Mapping[str, FactorRule],
+    reset: Reset,
+    store: Store,
+) -> list[str]:
+    """Why the state of these factors cannot be reset so: one line for each reason, however many factors have it."""
+    reasons: dict[str, list[str]] = {}
+    for name, factor in factors.items():
+        reason = _reason(optimizer, factor, factors, rules[name], reset, store)
+        if reason is not None:
+            detail = f": {rules[name].detail}" if rules[name].detail else ""
+            reasons.setdefault(reason, []).append(name + detail)
+    kind = type(store.stepped(optimizer, next(iter(factors.values()))).optimizer).__name__
+    lines = []
+    for reason, names in reasons.items():
+        shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+        if reason == MISSING:
+            lines.append(f"{len(names)} of {len(factors)} LoRA factors {reason}: {shown}")
+        else:
+            lines.append(
+                f"{kind} {reason}, for {len(names)} of {len(factors)} LoRA factors, such as {shown}. An OptimizerKind "
+                "can say how state begins (docs/extending.md); optimizer_reset = keep leaves it as it is"
+            )
+    return lines
+
+
+def _reason(
+    optimizer: Optimizer,
+    factor: nn.Parameter,
+    factors: Mapping[str, nn.Parameter],
+    found: FactorRule,
+    reset: Reset,
+    store: Store,
+) -> str | None:
+    """Why the state of one factor cannot be reset so; None if it can."""
+    if found.is_missing:
+        return MISSING
+    if found.problem is not None:
+        return found.problem
+    if not isinstance(reset, Zero):
+        initial = found.rule.initial if found.rule is not None else dict.fromkeys(found.entries, 0.0)
+        others = sorted(name for name in found.entries if initial.get(name, PARAMETER) != PARAMETER)
+        if others:
+            listed = ", ".join(others)
+            return (
+                f"keeps state that only optimizer_reset = zero can clear, as pruned entries are no new ones ({listed})"
+            )
+    if not reset.clears_step:
+        return None
+    members, stepped = {id(member) for member in factors.values()}, store.stepped(optimizer, factor)
+    if not {id(sharer) for sharer in stepped.sharers} <= members:
+        return "keeps one step count for the factors and other parameters together"
+    counters = ", ".join(found.rule.counters) if found.rule is not None else ""
+    trained = (stepped.options or {}).get("params", [])
+    if counters and (stepped.tensor is not factor or not {id(parameter) for parameter in trained} <= members):
+        return f"counts the updates of a group ({counters}) that has other parameters than factors"
+    return None
+
+
+def _mask(state: FactorState, reset: Reset, ratio: float, key: DrawKey) -> Tensor | None:
+    """The policy's mask of one factor; RuntimeError if it is no mask."""
+    moments = state.moments()
+    mask = reset.mask(state.read(moments[0]), ratio, key.generator("prune")) if moments else None
+    shape = state.store.shape(state.factor)
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != shape):
+        raise RuntimeError(f"{key.name}: a mask must be bool {tuple(shape)}, not {mask.dtype} {tuple(mask.shape)}")
+    return mask

@@ -1,7 +1,8 @@
 """The restart of ReLoRA: merge -> reinit -> reset, one verb, written once, over a store.
 
-arXiv 2307.05695, Algorithm 1. Layer by layer and in place: the storage of a parameter never changes, and
-temporaries are those of one layer.
+arXiv 2307.05695, Algorithm 1. First everything is checked and decided: the new factors of all layers, which entries of
+the optimizer's state are cleared. Then it is written, layer by layer and in place: the storage of a parameter never
+changes. Beside the new factors temporaries are those of one layer.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from relora.method.factor_state import reset_state
 from relora.method.lora import FACTORS, LoRALinear, lora_layers
-from relora.method.merge import Merge, Offset, merge_layer, take_out
+from relora.method.merge import Merge, merge_layer, preview_merge
+from relora.method.new_factors import Draw, draw_factors, write_factors
 from relora.method.registry import resolve_object
-from relora.method.reinit import REINITS, DrawKey, LayerView, Reinit, Residual
-from relora.method.reset import RESETS, Keep, Reset, reset_state, state_problems
+from relora.method.reinit import REINITS, DrawKey, Reinit, Residual
+from relora.method.reset import RESETS, Reset, plan_resets
 from relora.method.store import Store, TorchStore
 
 
@@ -40,6 +43,14 @@ class RestartReport:
     update_effective_rank: float
 
 
+Transform = Callable[[Tensor], Tensor]
+WEIGHT = 2**40  # of check_finite
+
+
+class BrokenModelError(RuntimeError):
+    """A restart failed while it wrote: the model is merged in part, and the last checkpoint is the way back."""
+
+
 @torch.no_grad()
 def restart(
     model: nn.Module,
@@ -60,7 +71,7 @@ def restart(
     The function of the model is the same before and after, to the rounding of what W is stored in.
 
     Args:
-        optimizer: any torch optimizer whose state `OptimizerKind` describes, AdamW and those like it among them.
+        optimizer: any of torch's kind; an `OptimizerKind` can declare how its state begins, else a trial shows it.
         seed, index: the key of the draws; `index` counts restarts from 1 (0 is the draw at injection).
         reinit: kaiming, orthogonal, `module:attribute`, or a policy.
         optimizer_reset: zero, magnitude, random, keep, `module:attribute`, or a policy.
@@ -70,12 +81,13 @@ def restart(
         store: how to reach parameters and state; plain torch unless an engine brings its own.
         draw_index: which of several independent draws; processes that train separately take their process index.
         transform_delta: called with a layer's name and its delta (a shard of it, where W is sharded); what it returns
-            is merged.
+            is merged. Called once for each layer, for some before anything is written.
 
     Raises:
-        ValueError: no LoRA layers, a bad option, a factor that is not finite, a factor whose optimizer state is missing
-            or unknown (unless `keep`), a parameter that the store cannot reach. Nothing has been changed then.
-        RuntimeError: something reads back otherwise than it was written, or a policy returned unusable factors.
+        ValueError: no LoRA layers, a bad option, a factor that is not finite, or whose optimizer state is missing or
+            cannot be cleared so, a parameter that the store cannot reach. Nothing has been changed then.
+        RuntimeError: a policy returned factors or a mask that are no use. Nothing has been changed then either.
+        BrokenModelError: something reads back otherwise than it was written, or there was no memory for it.
     """
     store, layers = store or TorchStore(), lora_layers(model)
     store.register(layers.values())
@@ -87,20 +99,19 @@ def restart(
     if not 0 < prune_ratio <= 1:
         raise ValueError(f"prune_ratio must be in (0, 1], not {prune_ratio}")
     check_layers(layers, store)
-    if not isinstance(reset, Keep):
-        problems = state_problems(optimizer, factors, store)
-        if problems:
-            raise ValueError("\n".join(problems))
-    _check_finite(factors, store)
-    merges, zeroed = [], []
+    plans = plan_resets(optimizer, factors, reset=reset, prune_ratio=prune_ratio, seed=seed, index=index, store=store)
+    check_finite(layers, store)
+    transforms = {name: transform_delta and partial(transform_delta, name) for name in layers}
+    draws = dict[str, Draw]()
     for name, layer in layers.items():
-        transform = partial(transform_delta, name) if transform_delta is not None else None
-        start = partial(start_layer, layer, store, policy, DrawKey(seed, index, name, draw_index))
-        merges.append(merge_layer(layer, store, transform_delta=transform, start=start))
-    for name, factor in factors.items():
-        key = DrawKey(seed, index, name)
-        zeroed.append(reset_state(optimizer, name, factor, reset=reset, prune_ratio=prune_ratio, key=key, store=store))
-    return _report(merges, zeroed)
+        preview = partial(preview_merge, layer, store, transforms[name])
+        draws[name] = draw_factors(layer, store, policy, DrawKey(seed, index, name, draw_index), preview=preview)
+    try:
+        merges = _merge_and_write(layers, draws, transforms, store)
+        return _report(merges, [reset_state(optimizer, plan, store) for plan in plans])
+    except Exception as error:
+        lost = "The restart had begun to write: the model is not usable any more, go on from its last checkpoint"
+        raise BrokenModelError(f"{error}. {lost}") from error
 
 
 @torch.no_grad()
@@ -133,8 +144,10 @@ def start_factors(
         raise ValueError(
             f"lora_B of {', '.join(unmerged[:4])} is not zero: an update that was not merged would be lost"
         )
+    keys = {name: DrawKey(seed, index, name, draw_index) for name in layers}
+    draws = {name: draw_factors(layer, store, policy, keys[name]) for name, layer in layers.items()}
     for name, layer in layers.items():
-        start_layer(layer, store, policy, DrawKey(seed, index, name, draw_index))
+        write_factors(layer, store, name, draws[name])
 
 
 def check_layers(layers: Mapping[str, LoRALinear], store: Store) -> None:
@@ -166,11 +179,32 @@ def _policy(reinit: str | Reinit, carry_residual: bool) -> Reinit:
     return Residual(policy) if carry_residual else policy
 
 
-def _check_finite(factors: Mapping[str, nn.Parameter], store: Store) -> None:
-    """ValueError that names the factors with NaN or infinity: merged, they would be in W."""
-    bad = _count(lambda values: values.isfinite().logical_not().sum(), factors, store)
-    if bad:
-        raise ValueError(f"{len(bad)} of {len(factors)} LoRA factors are not finite: {', '.join(bad[:4])}")
+def check_finite(layers: Mapping[str, LoRALinear], store: Store) -> None:
+    """ValueError that names the factors and weights that cannot be merged; on whatever process they are seen.
+
+    NaN and infinity would spread over W, and so would factors whose product overflows in float32.
+    """
+    counts, names = list[Tensor](), list[str]()
+    for name, layer in layers.items():
+        limit = (torch.finfo(torch.float32).max / max(layer.r * abs(layer.scale), 1)) ** 0.5
+        bad = [~(store.local(getattr(layer, which)).values.abs() <= limit) for which in FACTORS]
+        counts += [entries.sum() for entries in bad]
+        names += [f"{name}.{which}" for which in FACTORS]
+        if not layer.weight_format.is_quantized:
+            # In the upper half of the number: the reduction stays as small as for the factors alone.
+            counts[-1] = counts[-1] + (~store.local(layer.weight).values.isfinite()).sum() * WEIGHT
+    found = store.reduce(store.local(next(iter(layers.values())).lora_A), torch.stack(counts)).tolist()
+    factors = [name for name, count in zip(names, found, strict=True) if count % WEIGHT]
+    weights = [
+        name.removesuffix("lora_B") + "weight" for name, count in zip(names, found, strict=True) if count // WEIGHT
+    ]
+    if factors:
+        raise ValueError(
+            f"{len(factors)} of {len(names)} LoRA factors are not finite, or too large to be multiplied: "
+            f"{', '.join(factors[:4])}"
+        )
+    if weights:
+        raise ValueError(f"{len(weights)} of {len(layers)} weights are not finite: {', '.join(weights[:4])}")
 
 
 def _count(count: Callable[[Tensor], Tensor], parameters: Mapping[str, nn.Parameter], store: Store) -> list[str]:
@@ -183,54 +217,21 @@ def _count(count: Callable[[Tensor], Tensor], parameters: Mapping[str, nn.Parame
     return [name for name, found in zip(parameters, counts, strict=True) if found]
 
 
-def start_layer(layer: LoRALinear, store: Store, policy: Reinit, key: DrawKey) -> Offset | None:
-    """Write the policy's factors of one layer whose W holds all updates; those with B != 0 come out of W.
-
-    Raises:
-        RuntimeError: factors that are no use, or a copy that does not hold what was written.
-    """
-
-    def read_weight() -> Tensor:
-        W = store.read(layer.weight)  # in the layout of the layer
-        return (W.T if layer.transposed else W).to(torch.promote_types(W.dtype, torch.float32), copy=True)
-
-    residual = None
-    if policy.carries_residual and layer.weight_format.is_quantized:
-        stored = store.dequantized(layer.weight)
-        residual = store.read(layer.weight).to(stored) - stored
-        residual = residual.T if layer.transposed else residual  # (d_out, d_in)
-    view = LayerView(key.name, layer.r, layer.in_features, layer.out_features, layer.scale, read_weight)
-    A, B = policy.factors(view, key, residual)
-    _check_factors(layer, key.name, A, B)
-    _write(store, f"{key.name}.lora_A", layer.lora_A, A)
-    _write(store, f"{key.name}.lora_B", layer.lora_B, B)
-    if not B.any():
-        return None
-    # As they were rounded; and of processes that train separately the mean product, so that W stays the same on all.
-    offset = take_out(layer, store.read(layer.lora_A), store.read(layer.lora_B), store)
-    if residual is None and layer.master is not None:
-        store.write(layer.weight, store.read(layer.weight))
-    return offset
-
-
-def _check_factors(layer: LoRALinear, name: str, A: Tensor, B: Tensor) -> None:
-    """RuntimeError for factors of another shape, that are not finite, or both zero, from which nothing is learned."""
-    shapes = tuple(A.shape), tuple(B.shape)
-    expected = (layer.r, layer.in_features), (layer.out_features, layer.r)
-    if shapes != expected:
-        raise RuntimeError(f"{name}: the reinit policy returned A, B of shapes {shapes}, which must be {expected}")
-    if not (A.isfinite().all() and B.isfinite().all()):
-        raise RuntimeError(f"{name}: the reinit policy returned factors that are not finite")
-    if not (A.any() or B.any()):
-        raise RuntimeError(f"{name}: the reinit policy returned A = B = 0, from which no gradient leads away")
-
-
-def _write(store: Store, name: str, factor: nn.Parameter, values: Tensor) -> None:
-    """Write a factor, and read back every copy: one that kept the old values would bring them back later."""
-    store.write(factor, values)
-    for copy, part in store.local_copies(factor).items():
-        if not torch.equal(part.values, part.of(values).to(part.values)):
-            raise RuntimeError(f"{name}: the {copy} does not hold what the restart has written")
+def _merge_and_write(
+    layers: Mapping[str, LoRALinear],
+    draws: dict[str, Draw],
+    transforms: Mapping[str, Transform | None],
+    store: Store,
+) -> list[Merge]:
+    """Merge each layer and write its new factors, which leave `draws` one by one."""
+    merges = []
+    for name, layer in layers.items():
+        draw = draws.pop(name)
+        start, transform = partial(write_factors, layer, store, name, draw), transforms[name]
+        if draw.delta is not None:  # has been transformed already: an outer optimizer makes one step, not two
+            transform = lambda _, transformed=draw.delta: transformed  # noqa: E731
+        merges.append(merge_layer(layer, store, transform_delta=transform, start=start))
+    return merges
 
 
 def _report(merges: list[Merge], zeroed: list[tuple[int, int]]) -> RestartReport:

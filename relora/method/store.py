@@ -1,7 +1,7 @@
 """Access to parameters and optimizer state: full tensors in, full tensors out, however an engine keeps them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
@@ -33,6 +33,23 @@ class Shard:
         return full.flatten()[self.start : self.start + self.values.numel()].view(self.values.shape)
 
 
+@dataclass(frozen=True)
+class Stepped:
+    """What an optimizer updates for a parameter.
+
+    Attributes:
+        optimizer: the one that holds the state, within its wrappers.
+        options: the group of the parameter; None if the optimizer does not train it.
+        tensor: the key of the state: the parameter, or a flat partition of several.
+        sharers: the parameters with which it shares one state; itself among them.
+    """
+
+    optimizer: Optimizer
+    options: dict[str, Any] | None
+    tensor: Tensor
+    sharers: Sequence[nn.Parameter]
+
+
 class FrozenLayer(Protocol):
     """The part of a wrapped layer that a store uses: W as stored, its format, and the exact W if that is coarser."""
 
@@ -45,7 +62,7 @@ class Store(ABC):
     """Access to full tensors, over the shards that this process holds. Reading is collective where they are partial.
 
     The store of an engine overrides `check`, and what differs from whole tensors in one process: `local_copies`,
-    `raw_shape`, `gather`, `reduce`, and for the optimizer's state `_state`, `_shard` and `make_state`.
+    `raw_shape`, `gather`, `reduce`, and for the optimizer's state `stepped`, `state`, `_shard` and `make_state`.
     """
 
     def __init__(self) -> None:
@@ -130,18 +147,26 @@ class Store(ABC):
 
     # --- optimizer state
 
-    def _state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
+    def stepped(self, optimizer: Optimizer, parameter: nn.Parameter) -> Stepped:
+        """What the optimizer updates for the parameter, and with which options. Local and cheap."""
+        inner: Any = getattr(optimizer, "optimizer", None)
+        while isinstance(inner, Optimizer) and inner.state is optimizer.state:  # a wrapper that only passes on
+            optimizer, inner = inner, getattr(inner, "optimizer", None)
+        groups = (group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+        return Stepped(optimizer, next(groups, None), parameter, [parameter])
+
+    def state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
         """The optimizer's own dict of state that covers the parameter; empty before its first update."""
         state: dict[str, Any] = optimizer.state.get(parameter, {})
         return state
 
     def _shard(self, optimizer: Optimizer, parameter: nn.Parameter, values: Tensor) -> tuple[torch.Size, Shard]:  # noqa: ARG002
-        """Full shape of a tensor of `_state`, and this process's shard of it."""
+        """Full shape of a tensor of `state`, and this process's shard of it."""
         return values.shape, Shard(values, 0)
 
     def has_state(self, optimizer: Optimizer, parameter: nn.Parameter) -> bool:
         """Whether the optimizer holds tensors of state for the parameter. Local and cheap."""
-        return bool(state_tensors(self._state(optimizer, parameter)))
+        return bool(state_tensors(self.state(optimizer, parameter)))
 
     def slots(self, optimizer: Optimizer, parameter: nn.Parameter) -> Mapping[str, Slot]:
         """All that the optimizer holds of the parameter but the step count: moments, scalars, tables. Local and cheap.
@@ -152,29 +177,35 @@ class Store(ABC):
             ValueError: an entry is no tensor.
         """
         found = {}
-        for name, values in state_tensors(self._state(optimizer, parameter)).items():
+        for name, values in state_tensors(self.state(optimizer, parameter)).items():
             shape, part = self._shard(optimizer, parameter, values)
             found[name] = Slot(shape, part.values.dtype)
         return found
 
     def read_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str) -> Tensor:
         """The full tensor of one slot. May alias the optimizer's state: copy before a write."""
-        shape, part = self._shard(optimizer, parameter, self._state(optimizer, parameter)[slot])
+        shape, part = self._shard(optimizer, parameter, self.state(optimizer, parameter)[slot])
         return self.gather(shape, part) if part.is_partial else part.values
 
     def write_slot(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str, values: Tensor) -> None:
         """Set the full tensor of one slot, in place."""
-        _, part = self._shard(optimizer, parameter, self._state(optimizer, parameter)[slot])
+        _, part = self._shard(optimizer, parameter, self.state(optimizer, parameter)[slot])
         part.values.copy_(part.of(values))
+
+    def follow(self, optimizer: Optimizer, parameter: nn.Parameter, slot: str) -> None:
+        """Set a slot of the parameter's shape to the values of the parameter, shard by shard."""
+        _, part = self._shard(optimizer, parameter, self.state(optimizer, parameter)[slot])
+        *_, exact = self.local_copies(parameter).values()
+        part.values.copy_(exact.values)
 
     def step(self, optimizer: Optimizer, parameter: nn.Parameter) -> float | None:
         """The step count, from which Adam takes its bias correction; None if the optimizer keeps none."""
-        state = self._state(optimizer, parameter)
+        state = self.state(optimizer, parameter)
         return float(state[STEP]) if STEP in state else None
 
     def write_step(self, optimizer: Optimizer, parameter: nn.Parameter, step: float) -> None:
         """Set the step count, which must be there."""
-        set_step(self._state(optimizer, parameter), step)
+        set_step(self.state(optimizer, parameter), step)
 
     def make_state(
         self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, Slot], *, step: float | None

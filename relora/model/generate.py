@@ -18,6 +18,7 @@ def sample_text(
     temperature: float,
     seed: int,
     after_token: Callable[[], None] = lambda: None,
+    together: bool = False,
 ) -> str:
     """Continue `prompt` by up to `max_new_tokens`; greedily at temperature 0, else drawn from `seed`.
 
@@ -25,6 +26,8 @@ def sample_text(
 
     Args:
         after_token: called after each token; an error that it raises ends the sampling.
+        together: every process calls this at once, and goes on with forward passes until all have finished. Where a
+            forward pass gathers parameters, one that ended early would leave the others waiting.
     """
     ids: Any = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
     if ids.shape[1] == 0:
@@ -51,7 +54,11 @@ def sample_text(
     torch.manual_seed(seed)
     try:
         written: Any = model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=settings, stopping_criteria=criteria
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            stopping_criteria=criteria,
+            synced_gpus=together,
         )
     finally:
         model.train(was_training)

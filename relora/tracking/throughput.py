@@ -92,10 +92,6 @@ def flops_per_token(
     return flops + 12.0 * sequence_length * int(config.num_hidden_layers * heads * head_dim)
 
 
-# In the first two updates engines set themselves up: DDP sends its buckets' order, ZeRO-3 traces the modules.
-COUNTED_UPDATE = 3
-
-
 class Meter:
     """Speed of the updates since the last logged one, peak memory, and the bytes that an update sends.
 
@@ -120,11 +116,11 @@ class Meter:
 
     @contextmanager
     def measure(self, num_micro_batches: int) -> Iterator[None]:
-        """Around one update of `num_micro_batches` on this process. The third one's traffic is counted."""
+        """Around one update of `num_micro_batches` on this process. One is counted, `Engine.counted_update`."""
         self._num_updates += 1
         self._num_seen += 1
         num_processes = self._engine.world.num_processes
-        counts = self._num_seen == COUNTED_UPDATE and num_processes > 1
+        counts = self._num_seen == self._engine.counted_update and num_processes > 1
         with Traffic(num_processes) if counts else nullcontext() as traffic:
             yield
         if traffic is not None and math.isfinite(traffic.bytes_sent):

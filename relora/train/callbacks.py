@@ -209,6 +209,7 @@ class Callbacks:
                     temperature=0.8,
                     seed=number,
                     after_token=after_token,
+                    together=self.engine.world.num_processes > 1,
                 )
             texts.append(text)
         return texts

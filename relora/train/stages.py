@@ -13,16 +13,20 @@ from relora.checkpoint.master_weights import place_masters
 from relora.checkpoint.state import State
 from relora.checkpoint.weights import first_weights, load_weights, model_weights
 from relora.config import Config
-from relora.config.derived import lora_config
+from relora.config.derived import lora_config, schedule_of
 from relora.engines import Engine, TrainState
+from relora.errors import raise_if_any
 from relora.method.choices import StageName
 from relora.method.inject import inject_lora
-from relora.method.lora import wrapped_names
+from relora.method.lora import factor_names, wrapped_names
 from relora.method.names import named_parameters
 from relora.method.optimizer import build_optimizer
 from relora.method.optimizer_state import Slot
+from relora.method.registry import resolve_object
+from relora.method.reset import RESETS, Reset, problems_before_training
 from relora.method.restart import start_factors
 from relora.method.schedule import Schedule
+from relora.method.state_rules import counters_beside_state
 from relora.method.store import Store
 from relora.method.usage import ModelUsage, usage_in_source, usage_of_wrapped
 from relora.model.liger import use_liger_kernels
@@ -73,6 +77,7 @@ def build(
     make_trainable(model, stage, config, usage)
     engine.some_gradients_missing = usage.routed
     live = engine.prepare(model, lambda prepared: optimizer_for(prepared, config))
+    raise_if_any(state_problems(live, stage, config, engine.store))
     place_masters(live.model, engine, folder=Path(config.output_dir) if config.lora.master == "disk" else None)
     # 2. Weights, and new factors unless they come from this stage.
     weights = first_weights(config, hf_config, engine) if state.stage is None else state.weights
@@ -91,6 +96,23 @@ def build(
         _load_own_state(live, state, engine.store)
     engine.begin(live, state.extra, cycle=state.cycle, draw_index=state.state_index if resumes else engine.draw_index)
     return live
+
+
+def state_problems(live: TrainState, stage: Stage, config: Config, store: Store) -> list[str]:
+    """Why the optimizer's state could not be saved, or not be reset by a restart. Known before there is any."""
+    trained = {name: p for name, p in named_parameters(live.model).items() if p.requires_grad}
+    counters = counters_beside_state(live.optimizer, trained.values(), store)
+    if counters:
+        return [
+            f"optim.name = {config.optim.name}: counts updates beside the state of the parameters "
+            f"({', '.join(counters)}), which no checkpoint holds: a resumed run would be another one"
+        ]
+    if not stage.is_low_rank or schedule_of(config).restart_every is None:
+        return []
+    reset = resolve_object("relora.optimizer_reset", config.relora.optimizer_reset, RESETS, Reset)  # type: ignore[type-abstract]
+    factors = {name: p for name, p in trained.items() if name in factor_names(live.model)}
+    found = problems_before_training(live.optimizer, factors, reset, store)
+    return [f"optim.name = {config.optim.name}, relora.optimizer_reset: {problem}" for problem in found]
 
 
 def make_trainable(model: PreTrainedModel, stage: Stage, config: Config, usage: ModelUsage | None = None) -> None:

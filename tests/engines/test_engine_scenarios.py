@@ -148,6 +148,18 @@ def test_ranks_that_differ_in_a_copy_are_told(engine: str, told: Told) -> None:
         assert {line[kind] for kind in ("W", "A", "B", "norm")} == {not seen}
 
 
+def test_devices_that_round_differently_agree_after_a_restart(engine: str, told: Told) -> None:
+    for line in both(told, "mixed False"):
+        assert line["agreed"] == (engine in SHARDED), "nothing was rounded differently"
+    for line in both(told, "mixed True"):
+        assert line["agreed"]
+
+
+def test_a_rank_that_has_sampled_its_text_goes_on_with_the_others(told: Told) -> None:
+    first, second = sorted(both(told, "sample"), key=lambda line: line["rank"])
+    assert (first["num_tokens"], second["num_tokens"]) == (5, 1)
+
+
 def test_a_resume_in_place_restarts_the_same(told: Told) -> None:
     # The controls below go on from the same snapshot: what they show is their own mistake.
     for line in both(told, "control right"):

@@ -236,10 +236,10 @@ def test_two_processes_on_the_cpu_are_what_they_are_called(name: str, config: Pa
 FSDP = ["--use_fsdp", "--fsdp_version", "2", *TWO]
 
 
-def llama(num_layers: int) -> LlamaForCausalLM:
+def llama(num_layers: int, **changes: Any) -> LlamaForCausalLM:
     with torch.device("meta"):
         shape = {key: value for key, value in MODEL.items() if key not in ("model_type", "num_hidden_layers")}
-        return LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=num_layers))
+        return LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=num_layers, **changes))
 
 
 @pytest.mark.parametrize(
@@ -261,6 +261,18 @@ def test_fsdp_units_are_those_that_the_launcher_asks_for(
     as_rank_0_of(options, monkeypatch)
     found = FSDPOptions.launched().units(llama(num_layers=3))
     assert sorted(type(unit).__name__ for unit in found) == sorted(units)
+
+
+def test_tied_embeddings_are_in_the_outermost_unit_or_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    tied = llama(num_layers=2, tie_word_embeddings=True)
+    as_rank_0_of([*FSDP, "--fsdp_auto_wrap_policy", "SIZE_BASED_WRAP", "--fsdp_min_num_params", "4000"], monkeypatch)
+    units = [type(unit).__name__ for unit in FSDPOptions.launched().units(tied)]
+    assert sorted(units) == ["LlamaAttention", "LlamaAttention", "LlamaMLP", "LlamaMLP"]
+    monkeypatch.undo()
+    named = file("fsdp2_cpu", "--fsdp_transformer_layer_cls_to_wrap", "LlamaDecoderLayer,Embedding")
+    as_rank_0_of(named, monkeypatch)
+    with pytest.raises(ValueError, match="FSDP: Embedding of LlamaForCausalLM shares a parameter with"):
+        FSDPOptions.launched().units(tied)
 
 
 def test_fsdp_names_the_blocks_that_there_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from relora.checkpoint.load import open_checkpoint, open_states
 from relora.config import UserError, check
@@ -15,7 +16,7 @@ from relora.engines.local_sgd import OuterOptimizer
 from relora.train.train import train
 from tests.checkpoint.test_resume import stopped
 from tests.helpers.launch import accelerate, written
-from tests.helpers.tiny import metrics, only, settings, settings_of
+from tests.helpers.tiny import all_metrics, metrics, only, settings, settings_of
 
 R, EVERY, END = 4, 6, 18
 
@@ -89,6 +90,8 @@ def test_goes_on_exactly_between_two_meetings(run: Path, tmp_path: Path) -> None
     ours, theirs = (load_file(folder / "final" / "model.safetensors") for folder in (run, tmp_path / "again"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert only(metrics(tmp_path / "again"), "loss") == only(metrics(run), "loss")
+    sent = [[(line["step"], line.get("bytes_sent")) for line in all_metrics(of)] for of in (tmp_path / "again", run)]
+    assert sent[0] == sent[1], "the lines right after a resume too"
 
 
 def test_another_number_of_processes_goes_on_from_a_meeting_only(run: Path, tmp_path: Path) -> None:
@@ -121,6 +124,19 @@ def test_the_share_of_a_rank_is_its_own(run: Path) -> None:
     moments = [state.moments[name]["exp_avg"] for state in shares]
     assert shares[0].weights.names == shares[1].weights.names
     assert not torch.equal(*moments)
+
+
+def test_velocity_and_anchors_of_a_resume_go_where_the_delta_is() -> None:
+    # A fake tensor has a device, and refuses to be mixed with those of another.
+    with FakeTensorMode():
+        host, device = torch.zeros(3), torch.zeros(3, device="cuda")
+        outer = OuterOptimizer(0.7, 0.9)
+        for name, loaded, computed in (("W", device, host), ("norm", host, device)):
+            outer.load(f"velocity/{name}", loaded)
+            outer.load(f"anchor/{name}", loaded)
+            assert outer.step(name, computed).device == computed.device
+            assert outer.velocity[name].device == computed.device
+            assert outer.combine(name, computed).device == computed.device
 
 
 def test_nesterov_is_torchs() -> None:

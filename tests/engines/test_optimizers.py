@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from relora.checkpoint.load import open_checkpoint
-from relora.config import check
+from relora.config import UserError, check
 from relora.method.adamw_8bit import COMPANIONS, dequantize
 from relora.train.train import train
 from tests.checkpoint.test_resume import assert_same, stopped
@@ -28,6 +28,7 @@ SETTINGS = {
 }
 
 
+CUSTOM = "tests.helpers.custom_policies"
 Run = dict[str, Any]
 
 
@@ -48,7 +49,13 @@ def runs(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
 
 # From just after a restart, and from within a cycle.
 @pytest.mark.parametrize(
-    ("name", "reset", "step"), [("adamw_8bit", "zero", 7), ("adamw_8bit", "magnitude", 6), ("adamw_fused", "zero", 6)]
+    ("name", "reset", "step"),
+    [
+        ("adamw_8bit", "zero", 7),
+        ("adamw_8bit", "magnitude", 6),
+        ("adamw_fused", "zero", 6),
+        (f"{CUSTOM}:ademamix_8bit", "zero", 7),  # of the factors there is no state then
+    ],
 )
 def test_resume_is_exact(name: str, reset: str, step: int, runs: Callable[[str, str], Run], tmp_path: Path) -> None:
     tree = runs(name, reset)
@@ -58,6 +65,27 @@ def test_resume_is_exact(name: str, reset: str, step: int, runs: Callable[[str, 
     again = stopped(tree, step, tmp_path / "again")
     train(check(again))
     assert_same(again["output_dir"], tree["output_dir"], last=END)
+
+
+@pytest.mark.parametrize(
+    ("name", "reset", "message"),
+    [
+        (
+            "averaged",
+            "zero",
+            r"averaged: counts updates beside the state .* \(k, weight_sum, .*which no checkpoint holds",
+        ),
+        ("adafactor", "magnitude", r"adafactor, relora\.optimizer_reset: Adafactor .* only optimizer_reset = zero can"),
+    ],
+)
+def test_what_no_checkpoint_holds_or_no_restart_clears_is_known_before_training(
+    name: str, reset: str, message: str, corpus: Path, tmp_path: Path
+) -> None:
+    relora = {"restart_every": 3, "optimizer_reset": reset}
+    tree = settings(corpus, tmp_path / "run", **SETTINGS | {"relora": relora}, optim={"name": f"{CUSTOM}:{name}"})
+    with pytest.raises(UserError, match=message):
+        train(check(tree))
+    assert not [*(tmp_path / "run").glob("checkpoints/step-*")]
 
 
 def test_checkpoints_hold_the_codes_as_they_are(runs: Callable[[str, str], Run]) -> None:

@@ -1,7 +1,8 @@
 """Optimizers and policies as a user of the package would write them, named in a configuration by `module:attribute`."""
 
+import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,31 @@ def lion(groups: Groups, settings: dict[str, Any]) -> Optimizer:
     return Lion(groups, lr=settings["lr"], betas=settings["betas"])
 
 
+class Prodigy(Optimizer):
+    """After arXiv 2306.06101: one estimate d of the distance to the solution, for all parameters together."""
+
+    def __init__(self, groups: Groups, lr: float) -> None:
+        super().__init__(groups, {"lr": lr, "d": 1e-6, "d_numerator": 0.0, "d_denominator": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = closure() if closure is not None else None
+        d = self.param_groups[0]["d"]
+        numerator, denominator = (self.param_groups[0][name] for name in ("d_numerator", "d_denominator"))
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state.update(p0=parameter.clone(), s=torch.zeros_like(parameter))
+                numerator += d * float((parameter.grad * (state["p0"] - parameter)).sum())
+                state["s"].add_(parameter.grad, alpha=d)
+                denominator += float(state["s"].abs().sum())
+                parameter.sub_(parameter.grad, alpha=group["lr"] * d)
+        for group in self.param_groups:
+            group.update(d=max(d, numerator / denominator), d_numerator=numerator, d_denominator=denominator)
+        return loss
+
+
 def nadam(groups: Groups, settings: dict[str, Any]) -> Optimizer:
     """Beside moments and a step count it keeps mu_product, which begins at 1."""
     return NAdam(groups, **settings)
@@ -53,8 +79,21 @@ nadam_kind = OptimizerKind(nadam, scalars={"step": 0, "mu_product": 1})
 
 
 def adafactor(groups: Groups, settings: dict[str, Any]) -> Optimizer:
-    """Its second moment is a row and a column, which no reset of moments knows."""
+    """Its second moment is a row and a column, which cannot be pruned."""
     return torch.optim.Adafactor(groups, lr=settings["lr"])
+
+
+def ademamix_8bit(groups: Groups, settings: dict[str, Any]) -> Optimizer:
+    """bitsandbytes' AdEMAMix: two first moments in one tensor, whose zeros are not at index 0."""
+    optimizer: Optimizer = importlib.import_module("bitsandbytes.optim").AdEMAMix8bit(groups, lr=settings["lr"])
+    return optimizer
+
+
+def averaged(groups: Groups, settings: dict[str, Any]) -> Optimizer:
+    """Schedule-free AdamW: counts updates in its groups."""
+    optimizer: Any = importlib.import_module("schedulefree").AdamWScheduleFree(groups, lr=settings["lr"])
+    optimizer.train()
+    return cast(Optimizer, optimizer)
 
 
 def of_half(groups: Groups, settings: dict[str, Any]) -> Optimizer:

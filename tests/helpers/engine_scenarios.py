@@ -16,6 +16,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import Mock, patch
 
@@ -30,10 +31,11 @@ from relora.checkpoint.state import weights_in_memory
 from relora.checkpoint.weights import load_weights, model_weights
 from relora.data import Batch
 from relora.engines import Engine, TrainState, Update, connect
-from relora.method.lora import lora_layers
+from relora.method.lora import lora_delta, lora_layers
 from relora.method.merged_cache import MergedWeightCache
 from relora.method.names import named_parameters
 from relora.method.store import Shard
+from relora.model.generate import sample_text
 from relora.model.tasks import CausalLM
 from tests.helpers.tiny import MODEL, config
 
@@ -85,6 +87,10 @@ def main() -> None:
         put_back(engine, live, before)
         tell(f"control {name}", **outcome(engine, live, control, expected["end"]))
     tell("checksum", **checksums(engine, live))
+    for is_mixed in (False, True):
+        put_back(engine, live, before)
+        tell(f"mixed {is_mixed}", agreed=agree_after_rounding_differently(engine, live, is_mixed=is_mixed))
+    tell("sample", num_tokens=sampled_tokens(engine, live))
 
     engine.release(live)
     if not engine.name.startswith("DeepSpeed"):
@@ -438,6 +444,47 @@ def checksums(engine: Engine, live: TrainState) -> dict[str, bool]:
     names = {"W": f"{layer}.weight", "A": f"{layer}.lora_A", "B": f"{layer}.lora_B", "norm": "model.norm.weight"}
     unchanged = all_equal(engine.checksum(live))
     return {"unchanged": unchanged} | {kind: agree_with(name) for kind, name in names.items()}
+
+
+def agree_after_rounding_differently(engine: Engine, live: TrainState, *, is_mixed: bool) -> bool:
+    """Whether the ranks agree after a restart whose products come out a little larger on rank 1.
+
+    Args:
+        is_mixed: whether they know that their devices are of different kinds.
+    """
+
+    def rounded(*args: Any, **how: Any) -> Tensor:
+        return lora_delta(*args, **how) * (1 + 1e-6 * engine.world.process_index)
+
+    with patch.object(engine.world, "is_mixed", is_mixed), patch("relora.method.merge.lora_delta", rounded):
+        engine.restart(live, seed=0, index=1)
+    return engine.world.all_equal(engine.checksum(live))
+
+
+def sampled_tokens(engine: Engine, live: TrainState) -> int:
+    """Number of tokens that this rank samples: rank 1 meets the end at once, rank 0 never."""
+    end, written = 7, list[Tensor]()
+    rank = engine.world.process_index
+
+    class Tokenizer:
+        eos_token_id = end
+
+        def __call__(self, prompt: str, return_tensors: str) -> Any:  # noqa: ARG002
+            return SimpleNamespace(input_ids=torch.tensor([[3, 6, 9]]))
+
+        def decode(self, ids: Tensor, **_: Any) -> str:
+            written.append(ids)
+            return ""
+
+    def at_once_or_never(*args: Any) -> Tensor:
+        return cast(Tensor, args[2]).index_fill(-1, torch.tensor([end]), math.inf if rank else -math.inf)
+
+    hook = live.model.get_submodule("lm_head").register_forward_hook(at_once_or_never)
+    with engine.inference(live):
+        how = {"max_new_tokens": 5, "temperature": 0.0, "seed": 0, "together": True}
+        sample_text(cast(Any, live.model), cast(Any, Tokenizer()), "", **cast(Any, how))
+    hook.remove()
+    return len(written[0]) - 3
 
 
 def bf16(start: Tensors) -> dict[str, Any]:

@@ -333,9 +333,27 @@ def test_a_factor_that_is_not_finite_is_refused_before_anything_is_changed(which
     with torch.no_grad():
         getattr(model.outer, which)[1, 2] = value
     before = weights(model)
-    with pytest.raises(ValueError, match=rf"1 of 6 LoRA factors are not finite: outer\.{which}"):
+    with pytest.raises(ValueError, match=rf"1 of 6 LoRA factors are not finite, .* outer\.{which}"):
         restart(model, optimizer, seed=0, index=1)
     assert all(torch.equal(W, before[name]) for name, W in weights(model).items())
+
+
+def test_a_factor_too_large_to_be_multiplied_and_a_weight_that_is_not_finite_are_refused_as_well() -> None:
+    model, optimizer = trained()
+    with torch.no_grad():
+        model.outer.lora_A[0, 0] = 1e30
+    before = everything(model, optimizer)
+    for verb in (lambda: restart(model, optimizer, seed=0, index=1), lambda: merge_lora(model)):
+        with pytest.raises(ValueError, match=r"1 of 6 LoRA factors are not finite, or too large .* outer\.lora_A"):
+            verb()
+    assert_unchanged(everything(model, optimizer), before)
+    with torch.no_grad():
+        model.outer.lora_A[0, 0] = 0
+        model.outer.weight[0, 0] = math.nan
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"1 of 3 weights are not finite: outer\.weight"):
+        restart(model, optimizer, seed=0, index=1)
+    assert all(torch.equal(W.nan_to_num(), before[name].nan_to_num()) for name, W in weights(model).items())
 
 
 def test_sharding_a_wrapped_model_does_not_leave_the_whole_weights_in_memory(mesh: DeviceMesh) -> None:
