@@ -47,10 +47,13 @@ def is_part_of_the_run(field: FieldInfo) -> bool:
 
 
 def in_identity(field: FieldInfo, value: Any) -> bool:
-    """Whether this value of the key belongs to a run's identity: not the default of a key that older runs lack."""
+    """Whether this value of the key belongs to a run's identity: not what runs had that are older than the key."""
     extra = field.json_schema_extra
-    is_new = isinstance(extra, dict) and "since" in extra
-    return is_part_of_the_run(field) and not (is_new and value == field.get_default())
+    had: list[Any] = []
+    if isinstance(extra, dict) and "since" in extra:
+        before = extra.get("as_before")  # only some of the keys have it
+        had = [field.get_default(), *(before if isinstance(before, list) else [])]
+    return is_part_of_the_run(field) and value not in had
 
 
 def markdown() -> str:

@@ -22,7 +22,7 @@ CustomName = Annotated[str, Field(pattern=f"^{CUSTOM}$")]
 # Keys that change how a run is computed, not its result: they may differ between two starts of the same run.
 HOW: JsonDict = {"part_of_the_run": False}
 # Keys added after release 0.1: while they have their default they are left out of a run's identity, so that the
-# fingerprint of an older run stays the same.
+# fingerprint of an older run stays the same; so are the values listed as `as_before`, which older runs had unasked.
 SINCE_0_2: JsonDict = {"since": "0.2"}
 
 
@@ -53,8 +53,8 @@ class ModelSection(Section):
 
 class SourceSection(Section):
     path: Name = Field(
-        description="hub id, folder, file or glob (parquet, json, jsonl, text, csv; .gz too), python-stdlib, "
-        "or module:attribute of a `relora.data.sources.Source`"
+        description="hub id, folder, file or glob (parquet, arrow, json, jsonl, csv, tsv, text; compressed too), "
+        "python-stdlib, or module:attribute of a `relora.data.sources.Source`"
     )
     name: Name | None = Field(None, description="configuration of a hub dataset")
     split: Name = Field("train", description="split of the dataset, as in datasets.load_dataset")
@@ -70,6 +70,17 @@ class DataSection(Section):
     tokenizer: Name | None = Field(
         None,
         description="hub id or folder; null: name_or_path's own, else a byte-level BPE trained on the sources",
+    )
+    add_bos: Literal["auto"] | bool = Field(
+        "auto",
+        description="begin every document, and every prompt, with BOS; auto: as the tokenizer's template does",
+        json_schema_extra=SINCE_0_2 | {"as_before": [False]},
+    )
+    document_characters: Annotated[int, Field(ge=16)] | None = Field(
+        None,
+        description="for a few long texts: cut them, at line breaks where there are any, into documents of at most so "
+        "many characters, each of which is held out or not; null: a text is one document",
+        json_schema_extra=SINCE_0_2,
     )
     sequence_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens per sample")
     prepared_dir: Name | None = Field(

@@ -8,6 +8,7 @@ from relora.data.dataset import (
     open_prepared,
     unigram_entropy,
 )
+from relora.data.overlap import num_trained_on
 from relora.data.prepare import find_prepared, prepare
 from relora.data.sources import Source, problems
 from relora.data.tokenizer import tokenizer_problems
@@ -23,6 +24,7 @@ __all__ = [
     "find_prepared",
     "make_batch",
     "micro_batches",
+    "num_trained_on",
     "open_prepared",
     "prepare",
     "problems",

@@ -1,6 +1,5 @@
 """The cache key of prepared data: everything that decides the tokens; and the folder named after it."""
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from relora.config.schema import DataSection
+from relora.data.content import cache_folder
 from relora.data.manifest import FORMAT_VERSION
 from relora.data.sources import READING_ERRORS, Source, is_custom
-from relora.data.tokenizer import tokenizer_hash
+from relora.data.tokenizer import adds_bos, tokenizer_hash
 from relora.errors import raise_if_any
 from relora.files import sha256_of_json
 
@@ -37,7 +37,13 @@ def cache_key_of(
         except READING_ERRORS as error:
             problems.append(f"data.sources[{number}].path = {source.section.path!r}: {error}")
     raise_if_any(problems)
-    return {
+    # Absent where they have no effect, so that data prepared before they were known stay the same.
+    more: CacheKey = {}
+    if data.add_bos is True or (tokenizer is not None and adds_bos(data, tokenizer)):
+        more["add_bos"] = True
+    if data.document_characters is not None:
+        more["document_characters"] = data.document_characters
+    return more | {
         "format_version": FORMAT_VERSION,
         "text_field": data.text_field,
         "eval_fraction": data.eval_fraction,
@@ -50,8 +56,7 @@ def folder_of(data: DataSection, key: CacheKey) -> Path:
     """prepared_dir, or a folder of the cache that is named by a hash of the cache key."""
     if data.prepared_dir is not None:
         return Path(data.prepared_dir).expanduser()
-    cache = Path(os.environ.get("RELORA_CACHE") or "~/.cache/relora").expanduser()
-    return cache / "prepared" / sha256_of_json(key)[:20]
+    return cache_folder() / "prepared" / sha256_of_json(key)[:20]
 
 
 def key_problems(folder: Path, found: CacheKey, wanted: CacheKey) -> list[str]:

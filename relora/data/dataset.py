@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from relora.config.schema import DataSection
 from relora.data.batches import IGNORED_LABEL, NO_TOKENS, Batch, MakeBatch, Samples, TokenStream, make_batch
-from relora.data.manifest import MANIFEST, Manifest, StreamRecord, read_manifest
+from relora.data.manifest import MANIFEST, DamagedError, Manifest, StreamRecord, read_manifest, verify
 from relora.data.mixture import Mixture
 from relora.errors import UserError, raise_if_any
 
@@ -43,7 +43,7 @@ class PreparedData:
         raise_if_any(amount_problems(self, data))
         return Samples(
             self.streams("train", data.sequence_length),
-            Mixture.of([source.weight for source in data.sources]),
+            Mixture.of(tuple(source.weight for source in data.sources)),
             seed=seed,
             eos_id=self.manifest.eos_token_id,
             document_mask=data.document_mask,
@@ -64,10 +64,28 @@ class PreparedData:
 
 
 def open_prepared(folder: Path) -> PreparedData:
-    """The prepared data in a folder. Raises UserError if there are none, or if they are incomplete."""
+    """The prepared data in a folder, verified.
+
+    Raises:
+        UserError: there are none; or `DamagedError`.
+    """
+    try:
+        prepared = verified(folder)
+    except DamagedError as error:
+        raise DamagedError(
+            f"{problem}; `relora prepare CONFIG` makes them again" for problem in error.problems
+        ) from error
+    if prepared is None:
+        raise UserError([f"{folder}: no complete prepared data ({MANIFEST} is missing); run `relora prepare`"])
+    return prepared
+
+
+def verified(folder: Path) -> PreparedData | None:
+    """The prepared data in a folder, None if there are none. Raises DamagedError if they are not what was written."""
     manifest = read_manifest(folder)
     if manifest is None:
-        raise UserError([f"{folder}: no complete prepared data ({MANIFEST} is missing); run `relora prepare`"])
+        return None
+    verify(folder, manifest, TOKENIZER_FOLDER)
     return PreparedData(folder, manifest)
 
 
@@ -76,7 +94,8 @@ def amount_problems(prepared: PreparedData, data: DataSection) -> list[str]:
     length = data.sequence_length
     problems = [
         f"data.sources[{number}] ({data.sources[number].path}): {record.tokens} training tokens, fewer than one row of "
-        f"data.sequence_length = {length}; add text, lower sequence_length, or remove the source"
+        f"data.sequence_length = {length}; add text, lower sequence_length, remove the source, or cut a long text into "
+        "documents (data.document_characters)"
         for number, record in enumerate(prepared.records("train"))
         if record.tokens < length
     ]
@@ -86,7 +105,8 @@ def amount_problems(prepared: PreparedData, data: DataSection) -> list[str]:
         problems.append(
             f"data.eval_fraction = {data.eval_fraction}: {tokens} held-out tokens in "
             f"{sum(record.documents for record in held_out)} documents, fewer than one row of data.sequence_length = "
-            f"{length}; raise eval_fraction, add documents, or lower sequence_length"
+            f"{length}; raise eval_fraction, add documents, lower sequence_length, or cut long texts into documents "
+            "(data.document_characters)"
         )
     return problems
 
@@ -98,7 +118,7 @@ def held_out_rows(prepared: PreparedData, data: DataSection) -> list[tuple[int, 
     """
     available = [stream.num_rows for stream in prepared.streams("eval", data.sequence_length)]
     most = max(1, data.eval_tokens // data.sequence_length)
-    quotas = Mixture.of([source.weight for source in data.sources]).counts(most)
+    quotas = Mixture.of(tuple(source.weight for source in data.sources)).counts(most)
     taken = [min(quota, rows) for quota, rows in zip(quotas, available, strict=True)]
     if not any(taken):
         taken[available.index(max(available))] = min(1, max(available))

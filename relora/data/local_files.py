@@ -5,7 +5,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,31 @@ import datasets
 from datasets.data_files import DataFilesDict, get_data_patterns
 
 from relora.config.schema import SourceSection
+from relora.data.content import content_hashes
 from relora.files import sha256_of_json
 
-READERS = {  # file extension -> module of datasets.load_dataset
+READERS = {  # file extension -> reader
     ".parquet": "parquet",
     ".json": "json",
     ".jsonl": "json",
+    ".ndjson": "json",
     ".csv": "csv",
+    ".tsv": "tsv",
     ".txt": "text",
     ".text": "text",
+    ".arrow": "arrow",
 }
-COMPRESSIONS = (".gz", ".zst")
-KNOWN_EXTENSIONS = ", ".join(READERS) + " (all but parquet also with .gz or .zst)"
+# Text as well, but what lies beside files of the kinds above in a folder is about them: a README, a licence, a script.
+MORE_TEXT = (
+    *(".md", ".rst", ".html", ".htm", ".tex", ".log"),
+    *(".py", ".c", ".h", ".cpp", ".java", ".js", ".ts", ".go", ".rs", ".sh"),
+)
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+UNCOMPRESSED = ("parquet", "arrow")
+KNOWN_EXTENSIONS = (
+    f"{', '.join(READERS)} and as plain text {', '.join(MORE_TEXT)} (all but .parquet and .arrow also with "
+    f"{', '.join(COMPRESSIONS)})"
+)
 # datasets stores a document in one Arrow string, whose offsets have 32 bits.
 MAX_DOCUMENT_BYTES = 2**31 - 1
 
@@ -52,7 +65,7 @@ def find_files(source: SourceSection) -> tuple[LocalFiles | None, list[str]]:
     """The local files of a source, or None and the reason why they cannot be read."""
     path = Path(source.path).expanduser()
     if path.is_dir():
-        by_split, problems = files_of_folder(path)
+        by_split, problems = files_of_folder(path, source.split)
     elif path.exists():
         by_split, problems = {"train": [path]}, []
     elif glob.has_magic(source.path):
@@ -70,14 +83,17 @@ def find_files(source: SourceSection) -> tuple[LocalFiles | None, list[str]]:
     return LocalFiles(reader, {split: non_empty(files) for split, files in by_split.items()}), []
 
 
-def files_of_folder(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """Split -> files, by the naming rule of datasets (train/, test-*.jsonl, ...), else all under 'train'; problems."""
+def files_of_folder(folder: Path, split: str) -> tuple[dict[str, list[Path]], list[str]]:
+    """Split -> files, by the naming rule of datasets (train/, test-*.jsonl, ...), else all under 'train'; problems.
+
+    Names such as `libfoo-dev.txt` divide nothing where no file is named `train` and no other split is asked for.
+    """
     visible = sorted(
         path
         for path in folder.rglob("*")
         if path.is_file() and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
     )
-    known = [path for path in visible if reader_of(path)]
+    known = [path for path in visible if reader_of(path, READERS)] or [path for path in visible if reader_of(path)]
     if not known:
         seen = sorted({path.suffix or path.name for path in visible})
         return {}, [f"folder without {KNOWN_EXTENSIONS} files" + (f"; it holds {seen[:5]}" if seen else "")]
@@ -86,15 +102,17 @@ def files_of_folder(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
     if list(patterns) == ["train"] and patterns["train"] == ["**"]:
         return {"train": known}, []
     by_name = DataFilesDict.from_local_or_remote(patterns, base_path=base)
-    in_split = {split: {Path(file).resolve() for file in files} for split, files in by_name.items()}
-    by_split = {split: [path for path in known if path.resolve() in files] for split, files in in_split.items()}
-    by_split = {split: files for split, files in by_split.items() if files}
+    in_split = {name: {Path(file).resolve() for file in files} for name, files in by_name.items()}
+    by_split = {name: [path for path in known if path.resolve() in files] for name, files in in_split.items()}
+    by_split = {str(name): files for name, files in by_split.items() if files}
+    if "train" not in by_split and set(split_names(split)) == {"train"}:
+        return {"train": known}, []
     outside = [path for path in known if not any(path in files for files in by_split.values())]
     if not outside:
         return by_split, []
     return by_split, [
         f"datasets finds the splits {sorted(by_split)} by file name, and {len(outside)} files belong to none "
-        f"(such as {outside[0].name}); choose the files with a glob"
+        f"(such as {outside[0].name}); choose the files with a glob, such as {folder}/**/*{outside[0].suffix}"
     ]
 
 
@@ -140,13 +158,14 @@ def length_problems(files: Sequence[Path]) -> list[str]:
     return []
 
 
-def reader_of(path: Path) -> str | None:
-    """The module of `datasets` that reads this file, None for an unknown extension."""
-    suffixes = path.suffixes
-    if suffixes and suffixes[-1] in COMPRESSIONS:
+def reader_of(path: Path, readers: Mapping[str, str] = READERS | dict.fromkeys(MORE_TEXT, "text")) -> str | None:
+    """The reader of a file by its extension, without that of its compression; None if it has none of `readers`."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    is_compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
+    if is_compressed:
         suffixes = suffixes[:-1]
-    reader = READERS.get(suffixes[-1]) if suffixes else None
-    return None if reader == "parquet" and path.suffix != ".parquet" else reader
+    reader = readers.get(suffixes[-1]) if suffixes else None
+    return None if is_compressed and reader in UNCOMPRESSED else reader
 
 
 def split_names(split: str) -> list[str]:
@@ -158,11 +177,14 @@ def non_empty(files: Iterable[Path]) -> tuple[Path, ...]:
     return tuple(path for path in files if path.stat().st_size)
 
 
-def files_identity(files: Sequence[Path], root: Path, *, with_mtime: bool) -> dict[str, Any]:
-    """Names below root, sizes and times of change, as JSON; not root itself, so that a folder may be moved."""
-    lines = []
-    for path in files:
-        stat = path.stat()
-        name = path.absolute().relative_to(root).as_posix()
-        lines.append([name, stat.st_size, stat.st_mtime_ns if with_mtime else None])
+def files_identity(files: Sequence[Path], root: Path) -> dict[str, Any]:
+    """Names below root, sizes and content, as JSON; not root itself, so that a folder may be moved.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    lines = [
+        [path.absolute().relative_to(root).as_posix(), path.stat().st_size, sha256]
+        for path, sha256 in zip(files, content_hashes(files), strict=True)
+    ]
     return {"num_files": len(files), "bytes": sum(line[1] for line in lines), "files": sha256_of_json(lines)}

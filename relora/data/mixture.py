@@ -1,21 +1,26 @@
 """The order of the samples: pure functions of the seed and the position, in plain integers.
 
-Which source sample i comes from: R. Tijdeman, "The chairman assignment problem" (1980). Which row of it: a keyed
-permutation, by a Feistel network on Z_a x Z_b (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002), or by
-Fisher and Yates's shuffle where the rows are few.
+Which source sample i comes from: R. Tijdeman, "The chairman assignment problem" (1980), or `quota_tree` where shares
+have no short period. Which row of it: a keyed permutation, by a Feistel network on Z_a x Z_b (Black and Rogaway,
+"Ciphers with arbitrary finite domains", 2002), or by Fisher and Yates's shuffle where the rows are few.
 """
 
 import hashlib
 import heapq
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
 import numpy as np
 
+from relora.data import quota_tree
+from relora.data.quota_tree import Tree
+
+# A longer period takes seconds to assign, so it is the last choice.
 LONGEST_PERIOD = 2**16
+LONGEST_PERIOD_AT_ALL = 2**20
 ROUNDS = 6
 # So few rows are shuffled: six rounds would prefer some of their orders (of 5 rows, some come three times as often as
 # others).
@@ -24,32 +29,17 @@ MASK = 2**64 - 1
 
 
 def shares(weights: Sequence[float]) -> tuple[int, ...]:
-    """Weights -> integer shares of a period, their sum, at most LONGEST_PERIOD.
+    """Weights -> integer shares of their sum, the period, reading 0.1 as one tenth.
 
-    Exact if the common denominator allows, reading 0.1 as one tenth; else rounded by largest remainder, at least 1
-    each. Raises ValueError if there are no weights, too many, or one that is not positive.
+    Raises ValueError if there are no weights, too many, or one that is not positive.
     """
     if not 0 < len(weights) <= LONGEST_PERIOD or not all(0 < weight < math.inf for weight in weights):
         raise ValueError(f"weights {list(weights)[:8]} must be 1 to {LONGEST_PERIOD} positive numbers")
     exact = [Fraction(repr(float(weight))) for weight in weights]
-    total = sum(exact)
-    parts = [weight / total for weight in exact]
-    period = math.lcm(*(part.denominator for part in parts))
-    units = [int(part * period) for part in parts] if period <= LONGEST_PERIOD else rounded(parts)
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    units = [int(weight * scale) for weight in exact]
     common = math.gcd(*units)
     return tuple(unit // common for unit in units)
-
-
-def rounded(parts: Sequence[Fraction]) -> list[int]:
-    """Parts of 1 -> integers >= 1 with sum LONGEST_PERIOD: one each, the rest by largest remainder."""
-    spare = LONGEST_PERIOD - len(parts)
-    above = [max(part * LONGEST_PERIOD - 1, Fraction(0)) for part in parts]
-    scale = spare / sum(above) if sum(above) else Fraction(0)
-    units = [1 + int(part * scale) for part in above]
-    by_remainder = sorted(range(len(parts)), key=lambda k: (int(above[k] * scale) - above[k] * scale, k))
-    for k in by_remainder[: LONGEST_PERIOD - sum(units)]:
-        units[k] += 1
-    return units
 
 
 def chairman_assignment(units: Sequence[int]) -> list[int]:
@@ -84,40 +74,78 @@ def slots(*, x: int, unit: int, period: int, slack: int) -> tuple[int, int]:
     return first, last
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """The source of each sample, periodic in the sample number.
+class Mixture(ABC):
+    """The source of each sample: for every source k of share w_k and every i, |count_k(i) - i * w_k| < `bound`.
 
     Attributes:
-        units: [sources], samples of each source in one period.
-        owners: [period], the source of each slot.
-        before: [period], the number of earlier slots of the same source.
+        units: [sources], the shares as integers.
+        bound: in samples; 1 but for five or more sources whose shares have neither a short period nor a good tree.
     """
 
     units: tuple[int, ...]
-    owners: np.ndarray
-    before: np.ndarray
+    bound: float
 
-    @classmethod
-    def of(cls, weights: Sequence[float]) -> "Mixture":
+    @staticmethod
+    @lru_cache(maxsize=8)
+    def of(weights: tuple[float, ...]) -> "Mixture":
+        """The mixture of these weights, hashable for the cache. Raises ValueError as `shares`."""
         units = shares(weights)
-        owners = np.asarray(chairman_assignment(units), dtype=np.int64)
-        before = np.empty_like(owners)
-        for k, unit in enumerate(units):
-            before[owners == k] = np.arange(unit)
-        return cls(units, owners, before)
+        if sum(units) <= LONGEST_PERIOD:
+            return PeriodicMixture(units)
+        tree = quota_tree.quota_tree(units)
+        if quota_tree.bound(tree) >= 1 and sum(units) <= LONGEST_PERIOD_AT_ALL:
+            return PeriodicMixture(units)
+        return NestedMixture(units, tree)
 
+    @abstractmethod
     def locate(self, i: int) -> tuple[int, int]:
         """Sample i -> (its source, the number of samples before i from that source)."""
+
+    @abstractmethod
+    def counts(self, i: int) -> list[int]:
+        """The number of the first i samples that come from each source."""
+
+
+class PeriodicMixture(Mixture):
+    """A mixture with a short period, all of whose slots are assigned at once.
+
+    owners: [period], the source of each slot; before: [period], the number of earlier slots of the same source.
+    """
+
+    bound = 1.0
+
+    def __init__(self, units: tuple[int, ...]) -> None:
+        self.units = units
+        self.owners = np.asarray(chairman_assignment(units), dtype=np.int32)
+        self.before = np.empty_like(self.owners)
+        for k, unit in enumerate(units):
+            self.before[self.owners == k] = np.arange(unit)
+
+    def locate(self, i: int) -> tuple[int, int]:
         period, slot = divmod(i, len(self.owners))
         source = int(self.owners[slot])
         return source, period * self.units[source] + int(self.before[slot])
 
     def counts(self, i: int) -> list[int]:
-        """The number of the first i samples that come from each source."""
         period, slot = divmod(i, len(self.owners))
         rest = np.bincount(self.owners[:slot], minlength=len(self.units))
         return [period * unit + int(more) for unit, more in zip(self.units, rest, strict=True)]
+
+
+class NestedMixture(Mixture):
+    """A mixture of any shares, by a tree of two-way quotas."""
+
+    def __init__(self, units: tuple[int, ...], tree: Tree) -> None:
+        self.units = units
+        self.tree = tree
+        self.bound = max(1.0, float(quota_tree.bound(tree)))
+
+    def locate(self, i: int) -> tuple[int, int]:
+        return quota_tree.locate(self.tree, i)
+
+    def counts(self, i: int) -> list[int]:
+        found = quota_tree.counts(self.tree, i)
+        return [found[k] for k in range(len(self.units))]
 
 
 def mix(x: int) -> int:

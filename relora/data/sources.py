@@ -24,7 +24,9 @@ from datasets.exceptions import DatasetsError
 
 from relora.config.schema import DataSection, SourceSection
 from relora.data.local_files import files_identity, find_files, is_local, split_names
+from relora.data.readers import first_fault, read_files
 from relora.errors import raise_if_any
+from relora.files import sha256_of_json
 from relora.method.registry import CUSTOM, resolve
 
 TEXT = "text"
@@ -76,8 +78,7 @@ class StdlibSource(Source):
         return problems
 
     def identity(self) -> dict[str, Any]:
-        # Without the times of change, which differ between installations.
-        return {"python": platform.python_version(), **files_identity(self.files, self.folder, with_mtime=False)}
+        return {"python": platform.python_version(), **files_identity(self.files, self.folder)}
 
     def load(self, text_field: str, num_proc: int) -> Dataset:  # noqa: ARG002  # files of code have no columns
         texts = []
@@ -97,7 +98,7 @@ class StdlibSource(Source):
 
 
 class LocalFilesSource(Source):
-    """A file, a folder or a glob of parquet, json, jsonl, csv or text files."""
+    """A file, a folder or a glob of parquet, arrow, json, jsonl, csv, tsv or text files."""
 
     def __init__(self, section: SourceSection) -> None:
         super().__init__(section)
@@ -114,31 +115,32 @@ class LocalFilesSource(Source):
         return {
             "reader": files.reader,
             "split": self.section.split,
-            **files_identity(paths, root, with_mtime=True),
+            **files_identity(paths, root),
         }
 
     def load(self, text_field: str, num_proc: int) -> Dataset:
         files = self.files
         assert files is not None, self._problems
-        is_text = files.reader == "text"
         wanted = {
             name: [glob.escape(str(path.absolute())) for path in files.by_split[name]]
             for name in split_names(self.section.split)
         }
+        column = TEXT if files.reader == "text" else text_field
         processes = min(num_proc, *map(len, wanted.values()))
         try:
-            loaded = datasets.load_dataset(
+            loaded = read_files(
                 files.reader,
-                data_files=wanted,
+                wanted,
                 split=self.section.split,
+                column=column,
+                cache=cache_of({**self.identity(), "column": column}),
                 num_proc=processes if processes > 1 else None,
-                **({"sample_by": "document"} if is_text else {}),
             )
         except READING_ERRORS as error:
-            culprit = _unreadable_file(files.of_splits(wanted), files.reader)
-            named = f"{culprit}: " if culprit else ""
+            fault = first_fault(files.of_splits(wanted), files.reader)
+            named = f"{fault}: " if fault else ""
             raise ValueError(f"{named}not readable as {files.reader}: {root_cause(error)}") from error
-        return text_column(loaded, TEXT if is_text else text_field)
+        return text_column(loaded, column)
 
 
 class HubSource(Source):
@@ -150,9 +152,9 @@ class HubSource(Source):
         self.path = str(Path(section.path).expanduser()) if self.is_folder else section.path
 
     def identity(self) -> dict[str, Any]:
-        # The builder knows its configuration and the commit (hash) without loading the data.
+        # The builder knows its configuration and the commit (hash) without loading; of a folder, times of change.
         builder = self._ask(datasets.load_dataset_builder)
-        return {
+        return self._content | {
             "path": self.section.path,
             "split": self.section.split,
             "config": builder.config_id,
@@ -163,9 +165,19 @@ class HubSource(Source):
         loaded = self._ask(datasets.load_dataset, split=self.section.split, num_proc=num_proc)
         return text_column(loaded, text_field)
 
+    @cached_property
+    def _content(self) -> dict[str, Any]:
+        """What a local folder holds; nothing for a dataset of the hub. Raises OSError if a file cannot be read."""
+        if not self.is_folder:
+            return {}
+        folder = Path(self.path).absolute()
+        return files_identity([path for path in sorted(folder.rglob("*")) if path.is_file()], folder)
+
     def _ask(self, function: Callable[..., Any], **keys: Any) -> Any:
         """Call a loader of `datasets` for this source; ValueError with the reason if it fails."""
         try:
+            if self.is_folder:
+                keys["cache_dir"] = str(cache_of(self._content))
             return function(self.path, self.section.name, revision=self.section.revision, **keys)
         except READING_ERRORS as error:
             where = "" if self.is_folder else "no such file or folder here, and the hub gave no such dataset: "
@@ -258,26 +270,17 @@ def text_column(loaded: Dataset, column: str) -> Dataset:
     return texts if column == TEXT else texts.rename_column(column, TEXT)
 
 
+def cache_of(content: dict[str, Any]) -> Path:
+    """A folder for what `datasets` makes of files of this content.
+
+    It knows a file by its name and time of change, and would take what it made of another one; here it finds no other.
+    """
+    return Path(datasets.config.HF_DATASETS_CACHE) / "relora" / sha256_of_json(content)[:20]
+
+
 def root_cause(error: BaseException) -> str:
-    """The type and the first line of the error that all the others wrap."""
-    while error.__cause__ is not None:
+    """The type and the first line of the error that all the others wrap, in another process too."""
+    while error.__cause__ is not None and type(error.__cause__).__name__ != "RemoteTraceback":
         error = error.__cause__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _unreadable_file(files: Sequence[Path], reader: str) -> Path | None:
-    """The file that makes reading fail, None if the beginning of none of them shows it."""
-    if len(files) == 1:
-        return files[0]
-    for path in files:
-        try:
-            stream = datasets.load_dataset(
-                reader, data_files=[glob.escape(str(path.absolute()))], split="train", streaming=True
-            )
-            next(iter(stream))
-        except StopIteration:
-            continue
-        except READING_ERRORS:
-            return path
-    return None

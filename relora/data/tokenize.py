@@ -1,6 +1,7 @@
 """Documents -> Arrow files of token ids, written by `datasets`; their records and the hash of their content."""
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,15 +11,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from relora.config.schema import DataSection
 from relora.data.batches import TokenFile
+from relora.data.content import usable_cores
+from relora.data.encoder import TextEncoder, encoder_content
 from relora.data.manifest import FileRecord, SourceRecord, StreamRecord
 from relora.data.sources import TEXT
-from relora.data.split import document_pieces, is_held_out
-from relora.data.tokenizer import encoder_of, num_ids
-from relora.files import sync
+from relora.data.split import document_pieces, documents_of, is_held_out
+from relora.data.tokenizer import begins_with_bos, num_ids
+from relora.files import sha256_of, sync
 
 INPUT_IDS = "input_ids"
 TOKENS_FOLDER = "tokens"
@@ -27,53 +30,78 @@ PIECE_BYTES = 256 * 2**20
 BATCH_BYTES = 2 * 2**20
 # With less text than this a further process takes longer to start than it saves.
 MIN_BYTES_PER_PROCESS = 2**20
+logger = logging.getLogger(__name__)
+
+
+class BeyondVocabularyError(ValueError):
+    """A text became a token id that the model has no embedding for."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How documents become tokens."""
+    """How texts become documents of tokens.
 
-    encoder: Tokenizer
+    Attributes:
+        bos_id: begins every document; None: none does.
+        eos_id: ends every document.
+        dtype: the smallest unsigned integers that hold the ids.
+        vocab_size: of the model; every id must be below.
+        document_characters: longer texts are cut into documents of at most so many; None: none is.
+    """
+
+    encoder: TextEncoder
+    bos_id: int | None
     eos_id: int
     dtype: str
+    vocab_size: int
     eval_fraction: float
+    document_characters: int | None
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, eval_fraction: float) -> "Encoding":
-        """The encoding of a tokenizer, its ids stored in the smallest unsigned integers that hold them."""
-        dtype = "uint16" if num_ids(tokenizer) <= 2**16 else "uint32"
-        return cls(encoder_of(tokenizer), tokenizer.eos_token_id, dtype, eval_fraction)
+    def of(cls, tokenizer: PreTrainedTokenizerBase, data: DataSection, vocab_size: int) -> "Encoding":
+        """The encoding of a tokenizer whose template agrees with data.add_bos."""
+        return cls(
+            TextEncoder(encoder_content(tokenizer)),
+            tokenizer.bos_token_id if begins_with_bos(tokenizer) else None,
+            tokenizer.eos_token_id,
+            "uint16" if num_ids(tokenizer) <= 2**16 else "uint32",
+            vocab_size,
+            data.eval_fraction,
+            data.document_characters,
+        )
 
 
-def encode_documents(
-    table: pa.Table, *, encoder: Tokenizer, eos_id: int, dtype: str, eval_fraction: float, held_out: bool
-) -> pa.Table:
-    """The documents of one side of the split: a table of `input_ids` (list of `dtype`), one row per document."""
-    texts = [text for text in table.column(TEXT).to_pylist() if text and is_held_out(text, eval_fraction) == held_out]
-    return pa.table({INPUT_IDS: encode(texts, encoder, eos_id, np.dtype(dtype))})
+def encode_documents(table: pa.Table, *, encoding: Encoding, held_out: bool) -> pa.Table:
+    """The documents of one side of the split: a table of `input_ids` (list of the dtype), one row per document."""
+    documents = documents_of(table.column(TEXT).to_pylist(), encoding.document_characters)
+    fraction = encoding.eval_fraction
+    return pa.table(
+        {INPUT_IDS: encode([text for text in documents if is_held_out(text, fraction) == held_out], encoding)}
+    )
 
 
-def encode(texts: Sequence[str], encoder: Tokenizer, eos_id: int, dtype: np.dtype) -> pa.ListArray:
-    """Token ids of each text, followed by EOS.
+def encode(texts: Sequence[str], encoding: Encoding) -> pa.ListArray:
+    """Token ids of each text, after BOS where documents have one, followed by EOS.
 
-    Long texts are encoded in pieces, all of them in one call, and put together again.
+    Long texts are encoded in pieces, all of them in one call, and put together again. Raises BeyondVocabularyError.
     """
     pieces = [list(document_pieces(text)) for text in texts]
-    flat = [piece for document in pieces for piece in document]
-    encodings = iter(encoder.encode_batch_fast(flat, add_special_tokens=False))
+    encoded = iter(encoding.encoder.ids([piece for document in pieces for piece in document]))
+    dtype = np.dtype(encoding.dtype)
+    begin = np.asarray([] if encoding.bos_id is None else [encoding.bos_id], dtype)
+    end = np.asarray([encoding.eos_id], dtype)
     parts: list[np.ndarray] = []
     lengths = [0]
     for document in pieces:
-        ids = [np.asarray(next(encodings).ids, dtype) for _ in document]
-        parts += [*ids, np.asarray([eos_id], dtype)]
-        lengths.append(sum(map(len, ids)) + 1)
+        ids = [begin, *(np.asarray(next(encoded), dtype) for _ in document), end]
+        parts += ids
+        lengths.append(sum(map(len, ids)))
     values = np.concatenate(parts) if parts else np.empty(0, dtype)
+    if len(values) and values.max() >= encoding.vocab_size:
+        number = int(values.max())
+        token = encoding.encoder.tokenizer.id_to_token(number)
+        raise BeyondVocabularyError(f"text in it becomes the token {token!r} of id {number}")
     return pa.ListArray.from_arrays(np.cumsum(lengths, dtype=np.int32), values)
-
-
-def usable_cores() -> int:
-    """The cores that this process may use, which the scheduler of a cluster may have limited."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def num_pieces(source: Dataset, num_proc: int) -> int:
@@ -118,7 +146,7 @@ def write_piece(
     with environment_of_workers():
         mapped = part.with_format("arrow").map(
             encode_documents,
-            fn_kwargs={**vars(encoding), "held_out": held_out},
+            fn_kwargs={"encoding": encoding, "held_out": held_out},
             batched=True,
             batch_size=max(1, min(1000, BATCH_BYTES * len(part) // max(1, num_bytes))),
             remove_columns=[TEXT],
@@ -153,14 +181,19 @@ def file_record(path: Path) -> FileRecord:
     return FileRecord(
         name=f"{TOKENS_FOLDER}/{path.name}",
         bytes=path.stat().st_size,
+        sha256=sha256_of(path),
         documents=file.num_documents,
         tokens=file.num_tokens,
     )
 
 
-def content_hash(folder: Path, sources: Sequence[SourceRecord]) -> str:
-    """sha256 of the tokens and of the documents' lengths, independent of how they are divided into files."""
-    whole = hashlib.sha256()
+def content_hash(folder: Path, sources: Sequence[SourceRecord]) -> tuple[str, int]:
+    """sha256 of the tokens and of the documents' lengths, independent of how they are divided into files.
+
+    Returns:
+        the hash, and the largest token id.
+    """
+    whole, largest = hashlib.sha256(), 0
     for source in sources:
         for stream in (source.train, source.eval):
             tokens, lengths = hashlib.sha256(), hashlib.sha256()
@@ -169,5 +202,16 @@ def content_hash(folder: Path, sources: Sequence[SourceRecord]) -> str:
                 for values, offsets in zip(file.values, file.offsets, strict=True):
                     tokens.update(values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes())
                     lengths.update(np.diff(offsets).astype("<u4").tobytes())
+                    largest = max(largest, int(values.max(initial=0)))
             whole.update(f"{stream.documents} {tokens.hexdigest()} {lengths.hexdigest()}\n".encode())
-    return whole.hexdigest()
+    return whole.hexdigest(), largest
+
+
+def remove_unreadable(folder: Path) -> None:
+    """Delete the files that a power failure left unreadable, so that a resumed preparation writes them again."""
+    for path in sorted((folder / TOKENS_FOLDER).glob("*.arrow")):
+        try:
+            TokenFile(path)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            logger.warning("%s cannot be read (%s) and is written again", path, error)
+            path.unlink()

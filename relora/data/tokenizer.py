@@ -11,8 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from relora.config.schema import DataSection
+from relora.data.encoder import encoder_content
 from relora.data.sources import TEXT, root_cause
-from relora.data.split import document_pieces, is_held_out
+from relora.data.split import document_pieces, documents_of, is_held_out
+from relora.errors import UserError
 from relora.files import looks_like_a_path
 
 END_OF_TEXT = "<|endoftext|>"
@@ -34,12 +36,56 @@ def given_tokenizer(
         return None, training_problems(vocab_size)
     key = "model.name_or_path" if data.tokenizer is None else "data.tokenizer"
     given, problems = read_tokenizer(tokenizer, key=key, trust_remote_code=trust_remote_code)
-    if given is not None and num_ids(given) > vocab_size:
-        problems.append(
-            f"{key} = {tokenizer!r}: the tokenizer has {num_ids(given)} entries, the model's vocabulary only "
-            f"vocab_size = {vocab_size}"
-        )
+    if given is None:
+        return None, problems
+    if data.add_bos is True and given.bos_token_id is None:
+        problems.append(f"data.add_bos = true: {key} = {tokenizer!r} has no bos_token")
+    # Whether text becomes an id beyond the model's is seen when it is encoded; these two every document has.
+    for name, token, number in (
+        ("eos_token", given.eos_token, given.eos_token_id),
+        ("bos_token", given.bos_token, given.bos_token_id if adds_bos(data, given) else None),
+    ):
+        if number is not None and number >= vocab_size:
+            remedy = remedy_of_vocabulary(num_ids(given), vocab_size)
+            problems.append(f"{key} = {tokenizer!r}: its {name} {token!r} has the id {number}; {remedy}")
     return given, problems
+
+
+def remedy_of_vocabulary(needed: int, vocab_size: int) -> str:
+    """What to do about a tokenizer with ids that the model has no embedding for."""
+    return (
+        f"the model has embeddings for the ids below vocab_size = {vocab_size}: raise model.config.vocab_size to "
+        f"{needed}, or resize a pretrained model (resize_token_embeddings({needed}), save_pretrained)"
+    )
+
+
+def begins_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template of the tokenizer puts BOS before a text."""
+    if tokenizer.bos_token_id is None:
+        return False
+    if not tokenizer.is_fast:
+        return bool(tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id])
+    found = tokenizer.backend_tokenizer.encode("a", add_special_tokens=True)
+    return bool(found.special_tokens_mask[:1] == [1] and found.ids[0] == tokenizer.bos_token_id)
+
+
+def adds_bos(data: DataSection, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether every document begins with BOS: data.add_bos, auto as the tokenizer's template does."""
+    return begins_with_bos(tokenizer) if data.add_bos == "auto" else bool(data.add_bos)
+
+
+def with_bos(tokenizer: PreTrainedTokenizerBase, *, add_bos: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer with a template that agrees with the documents, so that a prompt begins as they do.
+
+    Raises:
+        UserError: it cannot be given such a template.
+    """
+    if begins_with_bos(tokenizer) != add_bos:
+        tokenizer.add_bos_token = add_bos  # rebuilds the template
+        if begins_with_bos(tokenizer) != add_bos:
+            kind = type(tokenizer).__name__
+            raise UserError([f"data.add_bos = {str(add_bos).lower()}: the template of this {kind} cannot be changed"])
+    return tokenizer
 
 
 def tokenizer_problems(
@@ -82,27 +128,26 @@ def training_problems(vocab_size: int) -> list[str]:
     ]
 
 
-def num_ids(tokenizer: PreTrainedTokenizerBase) -> int:
+def num_ids(tokenizer: PreTrainedTokenizerBase | Tokenizer) -> int:
     """One more than the largest id, which may exceed the number of entries."""
     return 1 + int(max(tokenizer.get_vocab().values()))
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 of everything that decides which ids a text becomes, and of the EOS."""
-    content = json.loads(encoder_of(tokenizer).to_str())
+    content = json.loads(encoder_content(tokenizer))
     text = json.dumps([content, tokenizer.eos_token_id], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def encoder_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
-    """A copy of the `tokenizers` object inside, with truncation and padding off."""
-    encoder = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    encoder.no_truncation()
-    encoder.no_padding()
-    return encoder
-
-
-def train_tokenizer(sources: Iterable[Dataset], *, vocab_size: int, eval_fraction: float, quiet: bool) -> Any:
+def train_tokenizer(
+    sources: Iterable[Dataset],
+    *,
+    vocab_size: int,
+    eval_fraction: float,
+    quiet: bool,
+    document_characters: int | None = None,
+) -> Any:
     """A byte-level BPE as in GPT-2, trained deterministically on the documents that are not held out."""
     encoder = Tokenizer(models.BPE())
     encoder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -113,17 +158,20 @@ def train_tokenizer(sources: Iterable[Dataset], *, vocab_size: int, eval_fractio
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=not quiet,
     )
-    encoder.train_from_iterator(training_texts(list(sources), eval_fraction), trainer)
+    encoder.train_from_iterator(training_texts(list(sources), eval_fraction, document_characters), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=encoder, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
     )
 
 
-def training_texts(sources: list[Dataset], eval_fraction: float) -> Iterator[list[str]]:
+def training_texts(
+    sources: list[Dataset], eval_fraction: float, document_characters: int | None
+) -> Iterator[list[str]]:
     """The training documents in batches, thinned evenly where there are more than MAX_TRAINING_BYTES."""
     stride = -(-sum(source.data.nbytes for source in sources) // MAX_TRAINING_BYTES)
     for source in sources:
         documents = source.select(range(0, len(source), stride)) if stride > 1 else source
         for batch in documents.iter(batch_size=256):
-            wanted = (text for text in batch[TEXT] if text and not is_held_out(text, eval_fraction))
+            texts = documents_of(batch[TEXT], document_characters)
+            wanted = (text for text in texts if not is_held_out(text, eval_fraction))
             yield [piece for text in wanted for piece in document_pieces(text)]

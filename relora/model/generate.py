@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
+from relora.data.tokenizer import begins_with_bos
+
 
 @torch.no_grad()
 def sample_text(
@@ -29,9 +31,10 @@ def sample_text(
         together: every process calls this at once, and goes on with forward passes until all have finished. Where a
             forward pass gathers parameters, one that ended early would leave the others waiting.
     """
-    ids: Any = tokenizer(prompt, return_tensors="pt").input_ids.to(model.device)
-    if ids.shape[1] == 0:
-        ids = torch.tensor([[tokenizer.eos_token_id]], device=model.device)
+    # As a document of the training data begins, and not ended, as some templates end a text.
+    begin = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
+    prompt_ids = begin + tokenizer(prompt, add_special_tokens=False).input_ids
+    ids = torch.tensor([prompt_ids or [tokenizer.eos_token_id]], device=model.device)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None:
         ids = ids[:, -(limit - 1) :]

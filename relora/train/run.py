@@ -85,6 +85,7 @@ def newest_state(run: Run) -> State:
         raise UserError([f"{place}: has lost its config.yaml and holds another run's checkpoints"])
     if manifest.data != data:
         hashes = f"was trained on data of hash {manifest.data[:12]}, these have {data[:12]}"
-        raise UserError([f"{place}: {hashes}; the sources have changed"])
+        reason = "the sources have changed, or how text becomes tokens (before release 0.2 it was data.add_bos = false)"
+        raise UserError([f"{place}: {hashes}; {reason}"])
     raise_if_any(resume_problems(run.config, manifest.step, manifest.num_states, num_processes))
     return open_checkpoint(newest, state_index=launched_process_index() % manifest.num_states)

@@ -18,6 +18,8 @@ from tests.config.values import right_values
 from tests.helpers import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
+# Values of newer keys that runs older than the key had unasked. What differs in its place is the hash of the tokens.
+AS_BEFORE = [("data.add_bos", False)]
 # The keys of which DESIGN.md says that another value is the same run, computed otherwise.
 NOT_PART_OF_THE_RUN = {
     *("lora.forward", "lora.keep_merged", "lora.master"),
@@ -100,7 +102,7 @@ def test_the_fingerprint_follows_the_keys_of_the_run_and_no_others(key: str) -> 
         if key in NOT_PART_OF_THE_RUN or key == "model.config":  # its content counts, not its path
             assert same
         elif key == "data.sources" or (value, type(value)) != (default, type(default)):
-            equal = type(value) in (int, float) and value == default
+            equal = (type(value) in (int, float) and value == default) or (key, value) in AS_BEFORE
             assert same == (equal or value == [{"path": "python-stdlib"}])
 
 

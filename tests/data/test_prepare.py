@@ -1,5 +1,4 @@
 import importlib
-import json
 import os
 import signal
 import subprocess
@@ -118,9 +117,25 @@ def test_what_changes_the_folder_and_what_does_not(two_sources, prepared_of):
     for change in ({"eval_fraction": 0.3}, {"sources": data.sources[:1]}, {"sources": data.sources[::-1]}):
         assert find_prepared(data.model_copy(update=change), vocab_size=300, tokenizer=None) is None
     assert find_prepared(data, vocab_size=301, tokenizer=None) is None
+    assert find_prepared(data.model_copy(update={"document_characters": 50}), vocab_size=300, tokenizer=None) is None
+
+
+def test_a_source_is_known_by_its_content(two_sources, prepared_of):
+    """Not by its name, size and time of change, which an edit may keep and a copy may lose."""
+    data = two_sources()
+    first = prepared_of(data)
     path = Path(data.sources[0].path)
     os.utime(path, (1, 1))
+    assert find_prepared(data, vocab_size=300, tokenizer=None) == first
+    content, before = path.read_bytes(), path.stat()
+    path.write_bytes(content.replace(b"rank", b"knar"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     assert find_prepared(data, vocab_size=300, tokenizer=None) is None
+    second = prepared_of(data)
+    assert second.manifest.content_hash != first.manifest.content_hash
+    assert "knar" in " ".join(decoded(second)[0]) and "rank" not in " ".join(decoded(second)[0])
 
 
 def test_complete_data_are_not_made_again(two_sources, prepared_of, monkeypatch):
@@ -148,31 +163,10 @@ def test_prepared_dir_of_something_else_is_refused_and_kept(tmp_path, documents,
     assert open_prepared(tmp_path / "out").manifest == manifest
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    with pytest.raises(UserError, match="holds other files and no manifest"):
+    with pytest.raises(UserError, match=r"holds other files and no manifest.json \(such as thesis.tex\)"):
         prepared_of(config(path, prepared_dir=str(tmp_path / "mine")))
     with pytest.raises(UserError, match="not a folder to write to"):
         prepared_of(config(path, prepared_dir=path))
-
-
-def test_damage_is_seen(tmp_path, two_sources, prepared_of):
-    with pytest.raises(UserError, match="no complete prepared data"):
-        open_prepared(tmp_path)
-    folder = prepared_of(two_sources()).folder
-    (arrow, *_) = sorted((folder / "tokens").iterdir())
-    content = arrow.read_bytes()
-    arrow.write_bytes(content[:-8])
-    with pytest.raises(UserError, match=f"has {len(content) - 8} bytes instead of {len(content)}"):
-        open_prepared(folder)
-    arrow.unlink()
-    with pytest.raises(UserError, match="is missing; delete the folder"):
-        open_prepared(folder)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "format_version": 0}))
-    with pytest.raises(UserError, match="format_version is 0, this program reads 1"):
-        open_prepared(folder)
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
-        open_prepared(folder)
 
 
 KILLED = """
@@ -240,6 +234,32 @@ def test_too_little_data_says_how_much_there_is(tmp_path, write, config, prepare
     assert "data.eval_fraction = 1e-09: 0 held-out tokens in 0 documents" in second and "raise eval_fraction" in second
     with pytest.raises(UserError):
         prepared.samples(data, 0)
+
+
+def test_one_long_text_is_held_out_in_part(tmp_path, documents, write, config, prepared_of):
+    """Held out by whole documents alone it would be all in or all out; the advice of the message works."""
+    texts = "\n".join(documents(60))
+    data = config(write(tmp_path / "book.txt", [texts]))
+    (line,) = amount_problems(prepared_of(data), data)
+    assert (
+        "0 held-out tokens in 0 documents" in line
+        and "cut long texts into documents (data.document_characters)" in line
+    )
+    data = data.model_copy(update={"document_characters": 200})
+    prepared = prepared_of(data)
+    assert not amount_problems(prepared, data)
+    train, held_out = decoded(prepared)
+    assert len(held_out) > 3 and max(map(len, train + held_out)) <= 200
+    assert sum(map(len, train + held_out)) == len(texts) and all(section in texts for section in train + held_out)
+    assert not any(is_held_out(section, 0.2) for section in train)
+    assert prepared.manifest.sources[0].skipped_empty == 0
+
+
+def test_a_tokenizer_trained_then_and_given_now_is_the_same(tmp_path, documents, write, config, prepared_of):
+    """As an evaluation of a run gives the tokenizer that the run trained."""
+    data = config(write(tmp_path / "a.jsonl", documents(30)), prepared_dir=str(tmp_path / "out"))
+    first = prepared_of(data)
+    assert prepare(data, vocab_size=300, tokenizer=str(first.folder / "tokenizer"), quiet=True) == first
 
 
 def test_the_default_source_needs_nothing(config, prepared_of, monkeypatch):

@@ -1,5 +1,7 @@
 """Each format gives the same documents."""
 
+import os
+
 import pytest
 from datasets import Dataset
 
@@ -46,6 +48,19 @@ def test_splits_of_a_folder(tmp_path, write, config):
     assert texts_of(config({"path": str(folder), "split": "test"})) == ["4"]
     assert texts_of(config({"path": str(folder), "split": "train+test"})) == ["1", "2", "3", "4"]
     assert texts_of(config({"path": str(folder), "split": "train[:1]"})) == ["1"]
+
+
+def test_a_folder_with_a_configuration_is_known_by_its_content(tmp_path, config, prepared_of):
+    folder = tmp_path / "f"
+    folder.mkdir()
+    (folder / "README.md").write_text("---\nconfigs:\n- config_name: small\n  data_files: a.jsonl\n---\n")
+    (folder / "a.jsonl").write_text('{"text": "one"}\n')
+    data = config({"path": str(folder), "name": "small"}, eval_fraction=1e-9)
+    first, before = prepared_of(data), (folder / "a.jsonl").stat()
+    (folder / "a.jsonl").write_text('{"text": "two"}\n')
+    os.utime(folder / "a.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = prepared_of(data)
+    assert first.folder != second.folder and texts_of(data) == ["two"]
 
 
 def test_hub_ids_are_passed_on(config, monkeypatch):

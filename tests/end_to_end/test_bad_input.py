@@ -119,7 +119,7 @@ def write_tokenizers(home: Path) -> None:
         shutil.copytree(home / "run" / "tokenizer", home / name)
     path = home / "large_tokenizer" / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
-    tokenizer["added_tokens"] += [dict(tokenizer["added_tokens"][0], id=n, content=f"<{n}>") for n in range(300, 310)]
+    tokenizer["added_tokens"] += [dict(tokenizer["added_tokens"][0], id=300, content="low high", special=False)]
     path.write_text(json.dumps(tokenizer))
     path = home / "no_eos" / "tokenizer_config.json"
     path.write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
@@ -523,8 +523,8 @@ DATA = {
     "vocabulary smaller than the tokenizer's": Case(
         ["data.tokenizer=large_tokenizer"],
         [
-            "data.tokenizer = <...>large_tokenizer<...>: the tokenizer has 310 entries, "
-            "the model's vocabulary only vocab_size = 300"
+            "data.sources[0].path = <...>: text in it becomes the token 'low high' of id 300; the model has "
+            "embeddings for the ids below vocab_size = 300: raise model.config.vocab_size to 301, <...>"
         ],
     ),
     "vocabulary too small to train a tokenizer": Case(
@@ -589,19 +589,21 @@ DATA = {
         [sources("text.jsonl", "one_document.jsonl"), "data.sequence_length=64", "data.eval_fraction=0.9"],
         [
             "data.sources<...>1<...>(one_document.jsonl): 0 training tokens, fewer than one row of "
-            "data.sequence_length = 64; add text, lower sequence_length, or remove the source"
+            "data.sequence_length = 64; add text, lower sequence_length, remove the source, or cut a long text into "
+            "documents (data.document_characters)"
         ],
     ),
     "too little held-out text": Case(
         [sources("few.jsonl"), "data.eval_fraction=0.0001"],
         [
             "data.eval_fraction = 0.0001: 0 held-out tokens in 0 documents, fewer than one row of "
-            "data.sequence_length = 16; raise eval_fraction, add documents, or lower sequence_length"
+            "data.sequence_length = 16; raise eval_fraction, add documents, lower sequence_length, or cut long "
+            "texts into documents (data.document_characters)"
         ],
     ),
     "prepared_dir that holds something else": Case(
         ["data.prepared_dir=run"],
-        ["data.prepared_dir = <...>run<...>: holds other files and no manifest.json; choose an empty folder"],
+        ["data.prepared_dir = <...>run<...>: holds other files and no manifest.json <...>; choose an empty folder"],
     ),
     "prepared_dir that is a file": Case(
         ["data.prepared_dir=a_file"], ["data.prepared_dir = <...>a_file<...>: not a folder to write to: <...>"]
@@ -692,7 +694,7 @@ def test_run_folder_in_use(home: Path, fails: Fails) -> None:
 def test_data_changed_under_a_run(home: Path, fails: Fails) -> None:
     with (home / "text.jsonl").open("a") as file:
         file.write('{"text": "one more document"}\n')
-    line = "output_dir = run: was trained on data of hash <...>, these have <...>; the sources have changed"
+    line = "output_dir = run: was trained on data of hash <...>, these have <...>; the sources have changed<...>"
     fails(["train", "c.yaml", "output_dir=run"], [line])
 
 
