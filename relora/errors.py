@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from relora.text import without_secrets
+
 EXIT_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 143  # 128 + SIGTERM: the status a shell reports for a process that SIGTERM ended
@@ -15,12 +17,16 @@ class UserError(Exception):
     """Mistakes of the user, all those of one phase together, one line each. The command ends with exit code 2."""
 
     def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = [" ".join(part.strip() for part in problem.splitlines()) for problem in problems]
+        lines = (" ".join(part.strip() for part in problem.splitlines()) for problem in problems)
+        self.problems = [without_secrets(line) for line in lines]  # they go to logs, and to status.json
         super().__init__("\n".join(self.problems))
 
 
 class Failed(RuntimeError):  # noqa: N818  # as the others here
     """Something outside of the program prevents it from going on, or the run has gone wrong: one line, exit code 1."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(without_secrets(reason))
 
 
 class Stopped(BaseException):  # not an error

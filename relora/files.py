@@ -38,14 +38,39 @@ def sync(path: Path) -> None:
 
 
 def publish_folder(draft: Path, final: Path) -> None:
-    """Rename a finished draft folder to its final name, after everything in it is on disk."""
+    """Rename a finished draft folder to its final name, after everything in it is on disk.
+
+    Whatever has the name is replaced: a folder, a file, or a link, whose target is left alone. It is removed when the
+    new folder is there, so that a kill leaves one of them whole, if under another name.
+    """
+    replaced = draft.with_name(f"{draft.name}-replaced")
+    remove(replaced)
     for inside in draft.rglob("*"):
         sync(inside)
     sync(draft)
-    if final.exists():
-        shutil.rmtree(final)
+    if os.path.lexists(final):
+        final.rename(replaced)
     draft.rename(final)
     sync(final.parent)
+    remove(replaced)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder with all that is in it, or a link but not what it points to; nothing there is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a file is the few lines of text that stand for one which Git LFS has not downloaded."""
+    # https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md
+    head = b"version https://git-lfs.github.com/spec/"
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(head)) == head and path.stat().st_size < 1024
 
 
 def link_or_copy(source: Path, target: Path) -> None:

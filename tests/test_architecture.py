@@ -26,6 +26,7 @@ ORDER = (
     "config",
     "files",
     "errors",
+    "text",
     "method",
 )
 

@@ -3,7 +3,7 @@
 import json
 import os
 import socket
-import subprocess
+import subprocess  # nosec B404  # for git alone, below
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -20,6 +20,7 @@ from relora.config import Config, UserError
 from relora.config.derived import fingerprint
 from relora.config.yaml12 import dump, parse
 from relora.files import write_json, write_text
+from relora.text import without_secrets
 
 Status = Literal["running", "finished", "preempted", "failed"]
 
@@ -36,6 +37,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.stage_start = path / "stage_start"
         self.tokenizer = path / "tokenizer"
+        self.model = path / "model"
         self.final = path / "final"
         self.stop = path / "STOP"
 
@@ -59,7 +61,8 @@ class RunFolder:
 
     def write_status(self, status: Status, *, step: int, reason: str | None = None) -> None:
         """Replace status.json; the time is that of now, in UTC."""
-        facts: dict[str, Any] = {"status": status, "step": step, "reason": reason}
+        shown = None if reason is None else without_secrets(reason)
+        facts: dict[str, Any] = {"status": status, "step": step, "reason": shown}
         time = datetime.now(UTC).isoformat(timespec="seconds")
         write_json(self.status, facts | {"time": time, "pid": os.getpid(), "host": socket.gethostname()})
 
@@ -120,7 +123,7 @@ def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def code_version() -> str:
     """The version of this package, with the commit where it is a checkout."""
     try:
-        commit = subprocess.run(
+        commit = subprocess.run(  # nosec B603, B607  # fixed words, no shell, the user's git
             ["git", "describe", "--always", "--dirty"],
             cwd=Path(__file__).parent,
             capture_output=True,

@@ -7,6 +7,7 @@ import torch
 
 from relora.commands.load_model import load, run_of
 from relora.config import Config, UserError, raise_if_any
+from relora.config.derived import tokenizer_of
 from relora.data import PreparedData, amount_problems, eval_batches, find_prepared, num_trained_on, unigram_entropy
 from relora.data import prepare as prepare_tokens
 from relora.model.model import vocab_size_of
@@ -61,13 +62,10 @@ def held_out(run_or_model: str, config: Config | None = None) -> HeldOut:
         raise UserError([f"{run_or_model}: belongs to no run; --config CONFIG.yaml says what to evaluate on"])
     task = task_of(settings)
     model, tokenizer = load(run_or_model, task)
-    data = prepare_tokens(
-        settings.data,
-        vocab_size=vocab_size_of(model.config),
-        # A model is evaluated on its own tokens, unless a config names others.
-        tokenizer=(config and (config.data.tokenizer or config.model.name_or_path)) or tokenizer.name_or_path,
-        trust_remote_code=settings.model.trust_remote_code,
-    )
+    # A model is evaluated on its own tokens, unless a config names others.
+    named = {} if config is None or tokenizer_of(config)["tokenizer"] is None else tokenizer_of(config)
+    own = {"tokenizer": tokenizer.name_or_path, "trust_remote_code": settings.model.trust_remote_code}
+    data = prepare_tokens(settings.data, vocab_size=vocab_size_of(model.config), **(own | named))
     if run is not None and config is not None:
         check_unseen(run, config, data, vocab_size_of(model.config))
     raise_if_any(amount_problems(data, settings.data))
@@ -95,7 +93,7 @@ def check_unseen(run: Config, config: Config, data: PreparedData, vocab_size: in
     if here.document_characters != there.document_characters:
         remedy += f" and data.document_characters to {there.document_characters or 'null'}"
     try:
-        trained = find_prepared(there, vocab_size=vocab_size, tokenizer=there.tokenizer or run.model.name_or_path)
+        trained = find_prepared(there, vocab_size=vocab_size, **tokenizer_of(run))
     except UserError:  # its sources are not on this machine, or have changed
         trained = None
     common = None if trained is None else num_trained_on(data, trained)

@@ -5,12 +5,13 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from relora.checkpoint.load import checkpoint_problems, complete_checkpoints, open_states
+from relora.checkpoint.load import checkpoint_problems, complete_checkpoints
 from relora.checkpoint.run_folder import RunFolder
-from relora.checkpoint.weights import merged_model
+from relora.checkpoint.run_model import RunModel, load_run_model
 from relora.config import Config, UserError, load_config, raise_if_any
 from relora.files import looks_like_a_path
-from relora.model.model import first_lines, load_hf_config, without_cache
+from relora.model.model import first_lines, without_cache
+from relora.model.pretrained import folder_problems, weight_problems
 from relora.model.tasks import CausalLM, Task, task_of
 
 
@@ -26,18 +27,18 @@ def load(run_or_model: str, task: Task | None = None) -> tuple[PreTrainedModel, 
         UserError: nothing there, no complete checkpoint, or not a model.
     """
     folder = RunFolder(Path(run_or_model))
-    model, tokenizer = load_run(folder) if folder.is_run else _load_plain(run_or_model, task or CausalLM())
+    if folder.is_run:
+        loaded = load_run(folder, find_checkpoint(folder, None), load_config(folder.config))
+        model, tokenizer = loaded.model, loaded.tokenizer
+    else:
+        model, tokenizer = _load_plain(run_or_model, task or CausalLM())
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
-def load_run(folder: RunFolder, step: int | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the model of a run from its newest checkpoint, or from that of `step`; UserError as `load`."""
-    config = load_config(folder.config)
-    checkpoint = find_checkpoint(folder, step)
+def load_run(folder: RunFolder, checkpoint: Path, config: Config) -> RunModel:
+    """Load the model of a checkpoint after its files have been checked; UserError as `load`."""
     raise_if_any(checkpoint_problems(checkpoint))
-    task = task_of(config)
-    model = merged_model(open_states(checkpoint), config, load_hf_config(config.model, task), task)
-    return model, AutoTokenizer.from_pretrained(folder.tokenizer)
+    return load_run_model(folder, checkpoint, config, task_of(config))
 
 
 def find_checkpoint(folder: RunFolder, step: int | None) -> Path:
@@ -62,11 +63,19 @@ def run_of(run_or_model: str) -> Config | None:
 
 def _load_plain(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a Hugging Face model by folder or hub id; UserError with the reason of transformers."""
-    if not Path(name).is_dir() and (Path(name).exists() or looks_like_a_path(name)):
+    path = Path(name)
+    if not path.is_dir() and (path.exists() or looks_like_a_path(name)):
         raise UserError([f"{name}: there is no such folder"])
+    if path.is_dir():
+        raise_if_any(folder_problems(name, path) or weight_problems(name, path))
+    run = run_of(name)
+    # The code of a model is run if the run that made the model was allowed to; nobody is asked for it.
+    trust = run is not None and run.model.trust_remote_code
     try:
-        model = task.auto_class.from_pretrained(name, dtype=torch.float32)
-        return without_cache(model), AutoTokenizer.from_pretrained(name)
+        model = task.auto_class.from_pretrained(name, dtype=torch.float32, trust_remote_code=trust)
+        # A hub id here is one that the user has just typed, and no code comes with it.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)  # nosec B615  # see above
+        return without_cache(model), tokenizer
     except Exception as error:  # whatever a model's own code may raise
         reason = first_lines(error) if Path(name).exists() else f"there is no such folder; {first_lines(error)}"
         raise UserError([f"{name}: neither a run folder nor a model that transformers can load ({reason})"]) from None

@@ -8,7 +8,7 @@ from typing import Any
 from relora.checkpoint.run_folder import RunFolder
 from relora.config import UserError, raise_if_any
 from relora.files import folder_problems, write_text
-from relora.tracking.metrics_file import read_metrics
+from relora.tracking.metrics_file import has_number, read_metrics
 from relora.tracking.plots import INSTALL, has_matplotlib
 
 Lines = list[dict[str, Any]]
@@ -45,7 +45,7 @@ def draw(runs: dict[str, Lines], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex=True)
     for number, (name, lines) in enumerate(runs.items()):
-        color = f"C{number}"
+        color, name = f"C{number}", name if not name.startswith("_") else f" {name}"  # matplotlib hides such labels
         plot(axes[0, 0], lines, "loss", color=color, alpha=0.35, label=f"{name}, training")
         plot(axes[0, 0], lines, "eval_loss", color=color, marker="o", markersize=3, label=f"{name}, held-out")
         plot(axes[0, 1], lines, "learning_rate", color=color, label=name)
@@ -61,23 +61,24 @@ def draw(runs: dict[str, Lines], path: Path) -> None:
         axis.grid(alpha=0.25)
     for axis in axes[1]:
         axis.set_xlabel("step (dotted: restarts)")
-    axes[0, 0].legend(fontsize=7)
+    for text in axes[0, 0].legend(fontsize=7).get_texts():
+        text.set_parse_math(False)  # a dollar sign in the name of a run is one
     figure.savefig(path)
 
 
 def plot(axis: Any, lines: Lines, key: str, **style: Any) -> None:
     """One curve: the field `key` over the steps of the lines that have it; nothing if there are none."""
-    points = [(line["step"], line[key]) for line in lines if key in line]
+    points = [(line["step"], line[key]) for line in lines if has_number(line, key)]
     if points:
         axis.plot(*zip(*points, strict=True), linewidth=1.2, **style)
 
 
 def page(runs: dict[str, Lines]) -> str:
-    """The HTML page: a table with one row a run, and the plot."""
+    """The HTML page: a table with one row a run, and the plot. All text from a run is escaped."""
     columns = ("run", "step", "tokens", "held-out loss", "restarts", "merge error")
     head = "".join(f"<th>{title}</th>" for title in columns)
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td>{''.join(f'<td>{cell}</td>' for cell in summary(lines))}</tr>"
+        f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in [name, *summary(lines)])}</tr>"
         for name, lines in runs.items()
     )
     return f"""<!doctype html>
@@ -92,13 +93,13 @@ def page(runs: dict[str, Lines]) -> str:
 
 def summary(lines: Lines) -> list[str]:
     """The cells of a run: step, tokens, held-out loss, restarts, largest merge error."""
-    updates = [line for line in lines if "loss" in line]
-    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
-    errors = [line["merge_error"] for line in lines if "restart" in line]
+    updates = [line for line in lines if has_number(line, "loss") and has_number(line, "tokens")]
+    losses = [line["eval_loss"] for line in lines if has_number(line, "eval_loss")]
+    errors = [line["merge_error"] for line in lines if has_number(line, "merge_error")]
     return [
         f"{updates[-1]['step']:,}" if updates else "0",
         f"{updates[-1]['tokens']:,}" if updates else "0",
         f"{losses[-1]:.4f}" if losses else "",
-        str(len(errors)),
+        str(sum("restart" in line for line in lines)),
         f"{max(errors):.1e}" if errors else "",
     ]

@@ -64,6 +64,20 @@ def lora_config(config: Config) -> LoRAConfig:
     )
 
 
+def tokenizer_of(config: Config) -> dict[str, Any]:
+    """The tokenizer that the configuration names, as arguments of `relora.data.prepare`.
+
+    It is that of `data.tokenizer`, else that of the pretrained model in the revision of its weights, else None, and one
+    is trained.
+    """
+    is_models = config.data.tokenizer is None
+    return {
+        "tokenizer": config.model.name_or_path if is_models else config.data.tokenizer,
+        "revision": config.model.revision if is_models else None,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+
+
 def derived_numbers(config: Config, num_processes: int) -> dict[str, Any]:
     """Numbers that a reader of the log wants to know: batch, tokens, restarts, reachable rank."""
     schedule, training = schedule_of(config), config.training

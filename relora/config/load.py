@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails
 
 from relora.config.config_file import ConfigFile, find_config, merge, read_files
 from relora.config.reference import fields, rule
-from relora.config.rules import broken_rules
+from relora.config.rules import broken_rules, secret_problems
 from relora.config.schema import Config
 from relora.config.yaml12 import inline, parse
 from relora.errors import raise_if_any
@@ -55,7 +55,7 @@ def check(mapping: dict[str, Any], problems: Sequence[str] = (), *, files: Seque
     except ValidationError as error:
         wrong = _explain(error.errors(), mapping, files)
         config = _with_defaults(mapping, [problem["loc"] for problem in error.errors()])
-    raise_if_any([*problems, *wrong.values(), *broken_rules(config, wrong_keys=wrong)])
+    raise_if_any([*problems, *wrong.values(), *broken_rules(config, wrong_keys=wrong), *secret_problems(config)])
     return config
 
 

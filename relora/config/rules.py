@@ -1,10 +1,12 @@
 """Cross-field validation rules. A rule is skipped while one of its keys is itself wrong."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from relora.config.schema import Config
+from relora.text import without_secrets
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,25 @@ def broken_rules(config: Config, *, wrong_keys: Iterable[str] = ()) -> list[str]
     wrong = set(wrong_keys)
     problems = (rule.problem(config) for rule in RULES if not wrong.intersection(rule.keys))
     return [problem for problem in problems if problem]
+
+
+def secret_problems(config: Config) -> list[str]:
+    """One line with the keys that hold a secret: the run folder keeps the settings, and the model card shows them."""
+
+    def places(value: Any, key: str) -> Iterator[str]:
+        if isinstance(value, str) and without_secrets(value) != value:
+            yield key
+        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for name, inner in items:
+            yield from places(inner, f"{key}[{name}]" if isinstance(value, list) else f"{key}.{name}".lstrip("."))
+
+    found = list(places(config.model_dump(mode="json"), ""))
+    if not found:
+        return []
+    return [
+        f"{', '.join(found)}: holds a password or a token, which config.yaml and the model card would show; set it in "
+        "the environment, such as HF_TOKEN"
+    ]
 
 
 def one_model(config: Config) -> str | None:

@@ -78,7 +78,7 @@ Dumper.add_representer(str, Dumper.represent_text)
 
 def parse(text: str) -> Any:
     """The value of a YAML document. Raises `yaml.YAMLError`."""
-    return yaml.load(text, Loader=Loader)
+    return yaml.load(text, Loader=Loader)  # nosec B506  # a subclass of yaml.SafeLoader
 
 
 def dump(value: Any) -> str:

@@ -28,7 +28,9 @@ class PreparedData:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of these tokens."""
-        return AutoTokenizer.from_pretrained(str(self.folder / TOKENIZER_FOLDER))
+        return AutoTokenizer.from_pretrained(  # nosec B615  # a folder of these data, never the hub
+            str(self.folder / TOKENIZER_FOLDER), local_files_only=True
+        )
 
     def streams(self, side: Side, sequence_length: int) -> list[TokenStream]:
         """One stream per source."""

@@ -67,6 +67,7 @@ def prepare(
     *,
     vocab_size: int,
     tokenizer: str | None,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     quiet: bool = False,
 ) -> PreparedData:
@@ -77,11 +78,14 @@ def prepare(
     Args:
         vocab_size: of the model.
         tokenizer: hub id or folder; None: train a byte-level BPE of vocab_size entries.
+        revision: of the tokenizer's hub repository; None for its newest.
 
     Raises:
         UserError: all that is wrong with the sources and the tokenizer.
     """
-    wanted = check_inputs(data, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    wanted = check_inputs(
+        data, vocab_size=vocab_size, tokenizer=tokenizer, revision=revision, trust_remote_code=trust_remote_code
+    )
     prepared = complete(wanted.folder, wanted.key, sets_aside=False)
     if prepared is None:
         with lock_of(wanted.folder), progress_bars(shown=not quiet):
@@ -96,19 +100,30 @@ def prepare(
 
 
 def find_prepared(
-    data: DataSection, *, vocab_size: int, tokenizer: str | None, trust_remote_code: bool = False
+    data: DataSection,
+    *,
+    vocab_size: int,
+    tokenizer: str | None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreparedData | None:
     """The prepared data if they exist already and are whole. Raises UserError as `prepare` does."""
-    wanted = check_inputs(data, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    wanted = check_inputs(
+        data, vocab_size=vocab_size, tokenizer=tokenizer, revision=revision, trust_remote_code=trust_remote_code
+    )
     prepared = complete(wanted.folder, wanted.key, sets_aside=False)
     raise_if_any(vocabulary_problems(wanted, prepared) if prepared is not None else [])
     return prepared
 
 
-def check_inputs(data: DataSection, *, vocab_size: int, tokenizer: str | None, trust_remote_code: bool) -> Preparation:
+def check_inputs(
+    data: DataSection, *, vocab_size: int, tokenizer: str | None, revision: str | None, trust_remote_code: bool
+) -> Preparation:
     """The sources and the tokenizer, and where their tokens belong. Raises UserError with all that is wrong."""
     sources, problems = find_sources(data)
-    given, more = given_tokenizer(data, vocab_size=vocab_size, tokenizer=tokenizer, trust_remote_code=trust_remote_code)
+    given, more = given_tokenizer(
+        data, vocab_size=vocab_size, tokenizer=tokenizer, revision=revision, trust_remote_code=trust_remote_code
+    )
     raise_if_any([*problems, *more])
     key = cache_key_of(data, sources, given, vocab_size)
     return Preparation(data, sources, given, vocab_size, key, folder_of(data, key))

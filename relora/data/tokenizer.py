@@ -15,7 +15,7 @@ from relora.data.encoder import encoder_content
 from relora.data.sources import TEXT, root_cause
 from relora.data.split import document_pieces, documents_of, is_held_out
 from relora.errors import UserError
-from relora.files import looks_like_a_path
+from relora.files import is_lfs_pointer, looks_like_a_path
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 1  # the bytes and END_OF_TEXT
@@ -24,18 +24,24 @@ MAX_TRAINING_BYTES = 4 * 2**30
 
 
 def given_tokenizer(
-    data: DataSection, *, vocab_size: int, tokenizer: str | None, trust_remote_code: bool
+    data: DataSection,
+    *,
+    vocab_size: int,
+    tokenizer: str | None,
+    revision: str | None = None,
+    trust_remote_code: bool,
 ) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
     """The tokenizer that the configuration names, None if one is to be trained; and the problems.
 
     Args:
         vocab_size: of the model, which has an embedding for so many ids.
         tokenizer: hub id or folder, of `data.tokenizer` or else of the pretrained model.
+        revision: of the hub repository; None for its newest.
     """
     if tokenizer is None:
         return None, training_problems(vocab_size)
     key = "model.name_or_path" if data.tokenizer is None else "data.tokenizer"
-    given, problems = read_tokenizer(tokenizer, key=key, trust_remote_code=trust_remote_code)
+    given, problems = read_tokenizer(tokenizer, key=key, revision=revision, trust_remote_code=trust_remote_code)
     if given is None:
         return None, problems
     if data.add_bos is True and given.bos_token_id is None:
@@ -96,7 +102,7 @@ def tokenizer_problems(
 
 
 def read_tokenizer(
-    name: str, *, key: str, trust_remote_code: bool = False
+    name: str, *, key: str, revision: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedTokenizerBase | None, list[str]]:
     """A tokenizer from the hub or a folder, or None and why it cannot be used: it must be fast, and have an EOS.
 
@@ -106,8 +112,10 @@ def read_tokenizer(
     setting, path = f"{key} = {name!r}", Path(name).expanduser()
     if looks_like_a_path(name) and not path.exists():
         return None, [f"{setting}: there is no such folder"]
+    if is_lfs_pointer(path / "tokenizer.json"):
+        return None, [f"{setting}: tokenizer.json is a pointer of Git LFS, not the content; run `git lfs pull` there"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # a tokenizer's own code may raise anything
         return None, [f"{setting}: cannot be loaded as a tokenizer: {root_cause(error)}"]
     if not tokenizer.is_fast:

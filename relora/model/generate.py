@@ -19,6 +19,7 @@ def sample_text(
     max_new_tokens: int,
     temperature: float,
     seed: int,
+    eos_ids: int | list[int] | None = None,
     after_token: Callable[[], None] = lambda: None,
     together: bool = False,
 ) -> str:
@@ -27,6 +28,7 @@ def sample_text(
     The text never exceeds the positions of the model: a longer prompt loses its beginning, and generation stops there.
 
     Args:
+        eos_ids: the tokens that end it; None for the EOS of the tokenizer.
         after_token: called after each token; an error that it raises ends the sampling.
         together: every process calls this at once, and goes on with forward passes until all have finished. Where a
             forward pass gathers parameters, one that ended early would leave the others waiting.
@@ -44,7 +46,7 @@ def sample_text(
         do_sample=temperature > 0,
         temperature=temperature if temperature > 0 else None,
         pad_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id if eos_ids is None else eos_ids,
         use_cache=True,
     )
 

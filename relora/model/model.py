@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -16,6 +17,7 @@ from transformers.initialization import no_init_weights
 from relora.config import Config, ModelSection, UserError, raise_if_any
 from relora.files import looks_like_a_path
 from relora.model.liger import liger_problems
+from relora.model.pretrained import dequantization, folder_problems, quantization_problems, weight_problems
 from relora.model.tasks import Task
 
 # Inductor aligns rows to cache lines on GPUs only, though the products of a CPU need it too (`kernels.product`).
@@ -102,19 +104,23 @@ def build_model(
         may_lack: the names of the parameters of a model that its pretrained weights may lack; they are drawn.
 
     Raises:
-        UserError: the pretrained weights are incomplete.
+        UserError: the pretrained weights are incomplete or damaged.
     """
     torch.manual_seed(seed)
     if section.name_or_path is None:
         return _from_config(section, hf_config, task)
-    model, loading = task.auto_class.from_pretrained(
-        section.name_or_path,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-        attn_implementation=section.attn_implementation,
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
+    try:
+        model, loading = task.auto_class.from_pretrained(
+            section.name_or_path,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            attn_implementation=section.attn_implementation,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **dequantization(hf_config),
+        )
+    except (OSError, SafetensorError) as error:
+        raise UserError([f"{setting_of(section)}: the weights cannot be loaded: {first_lines(error)}"]) from error
     missing = sorted({*loading["missing_keys"]} - {*may_lack(model)})
     if missing:
         raise UserError([f"{setting_of(section)}: lacks {len(missing)} weights of the model, such as {missing[0]}"])
@@ -134,10 +140,13 @@ def empty_model(section: ModelSection, hf_config: PretrainedConfig, task: Task) 
 
 
 def _from_config(section: ModelSection, hf_config: PretrainedConfig, task: Task) -> PreTrainedModel:
+    # A copy: the model writes its dtype and our settings into the config it is given.
+    settings = copy.deepcopy(hf_config)
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config  # the weights are plain from here on, and so is the exported model
     return without_cache(
         task.auto_class.from_config(
-            # A copy: the model writes its dtype and our settings into the config it is given.
-            copy.deepcopy(hf_config),
+            settings,
             dtype=torch.float32,
             attn_implementation=section.attn_implementation,
             trust_remote_code=section.trust_remote_code,
@@ -171,6 +180,8 @@ def _pretrained_config(section: ModelSection) -> tuple[PretrainedConfig | None, 
     path = Path(name).expanduser()
     if looks_like_a_path(name) and not path.exists():
         return None, [f"{setting}: there is no such folder"]
+    if path.is_dir() and (other := folder_problems(setting, path)):
+        return None, other
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             name, revision=section.revision, trust_remote_code=section.trust_remote_code
@@ -178,9 +189,8 @@ def _pretrained_config(section: ModelSection) -> tuple[PretrainedConfig | None, 
     except Exception as error:  # whatever a model's own code may raise
         where = "" if path.exists() else "no such folder here, and none can be loaded from the hub: "
         return None, [f"{setting}: {where}{first_lines(error)}"]
-    if path.is_dir() and not any(match for pattern in ("*.safetensors*", "*.bin*") for match in path.glob(pattern)):
-        return None, [f"{setting}: the folder holds no weights (model.safetensors)"]
-    return config, []
+    found = [*quantization_problems(setting, config), *(weight_problems(setting, path) if path.is_dir() else [])]
+    return (None, found) if found else (config, [])
 
 
 def _config_from_scratch(section: ModelSection) -> tuple[PretrainedConfig | None, list[str]]:

@@ -1,6 +1,7 @@
 """metrics.jsonl: one object a line, each kind and step once, also after a resume."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,16 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise UserError([f"{path}: line {number} is damaged: {line.strip()[:60]}; remove the line or the file"])
         metrics.append(parsed)
     return metrics
+
+
+def has_number(line: Mapping[str, Any], key: str) -> bool:
+    """Whether a line has a number under `key`.
+
+    A line that was written by a run has what its kind has. One that was edited, or repaired from what could be known,
+    may lack it.
+    """
+    value = line.get(key)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def cut_metrics(path: Path, *, after_step: int | None, cycle: int) -> None:

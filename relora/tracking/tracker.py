@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from relora.checkpoint.run_folder import RunFolder
 from relora.method.registry import resolve
+from relora.text import code_block
 from relora.tracking.metrics_file import cut_metrics
 from relora.tracking.plots import INSTALL, has_matplotlib, spectrum_picture
 
@@ -215,7 +216,7 @@ class TensorBoard(Sink):
                 self._board.add_scalar(f"{kind}/{key.removeprefix(f'{kind}_')}", value, line["step"])
 
     def text(self, tag: str, text: str, step: int) -> None:
-        self._board.add_text(tag, f"```\n{text}\n```", step)
+        self._board.add_text(tag, code_block(text), step)
 
     def spectra(self, spectra: Mapping[str, Tensor], step: int) -> None:
         picture = spectrum_picture(spectra, title=f"W - W_start after {step} updates")

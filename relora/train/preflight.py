@@ -22,7 +22,7 @@ import relora.method.inject
 import relora.model.model
 from relora.checkpoint.run_folder import RunFolder, run_folder_problems
 from relora.config import Config, raise_if_any
-from relora.config.derived import lora_config
+from relora.config.derived import lora_config, tokenizer_of
 from relora.config.load import shown
 from relora.data import PreparedData, amount_problems, prepare
 from relora.engines import is_first_on_node, launched_num_processes
@@ -112,9 +112,8 @@ def _prepared_data(config: Config, hf_config: PretrainedConfig) -> PreparedData:
     data = prepare(
         config.data,
         vocab_size=hf_config.get_text_config().vocab_size,
-        tokenizer=config.data.tokenizer or config.model.name_or_path,
-        trust_remote_code=config.model.trust_remote_code,
         quiet=not is_first_on_node(),
+        **tokenizer_of(config),
     )
     raise_if_any(amount_problems(data, config.data))
     return data

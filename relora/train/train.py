@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 import relora
 from relora.checkpoint.load import last_step, open_stage_start
 from relora.checkpoint.run_folder import RunFolder, Status
+from relora.checkpoint.run_model import keep_files
 from relora.checkpoint.save import Checkpoints, write_stage_start
 from relora.checkpoint.state import State
 from relora.config import Config
@@ -100,7 +101,7 @@ def train_stages(run: Run, engine: Engine, state: State, stop_request: StopReque
         numbers = derived_numbers(config, engine.world.num_processes)
         settings = config.model_copy(update={"model": run.resolved_model})
         folder.write_config(settings, identity=run.identity, numbers=numbers)
-        run.data.tokenizer().save_pretrained(folder.tokenizer)
+        keep_files(folder, config, run.data)
         if not is_finished(run):
             folder.write_status("running", step=state.step)
     tracker = Tracker([])

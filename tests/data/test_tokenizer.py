@@ -2,10 +2,13 @@ import json
 import subprocess
 import sys
 
+import huggingface_hub
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from relora.config import check
+from relora.config.derived import tokenizer_of
 from relora.data import prepare
 from relora.data.split import MAX_PIECE_CHARACTERS, document_pieces, is_held_out
 from relora.data.tokenizer import read_tokenizer, tokenizer_hash, train_tokenizer
@@ -90,3 +93,24 @@ def test_tokenizers_that_cannot_serve(tmp_path):
         tokenizer, (problem,) = read_tokenizer(str(tmp_path / name), key="data.tokenizer")
         assert tokenizer is None
         assert words in problem and f"data.tokenizer = {str(tmp_path / name)!r}" in problem
+
+
+def test_the_tokenizer_of_a_model_is_that_of_its_revision(tmp_path, documents, write, config, monkeypatch):
+    # A cache of the hub with two commits, as its client lays it out; the client is offline in all tests.
+    repository = tmp_path / "hub" / "models--acme--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for name, commit, count in (("main", "a" * 40, 100), ("v1", "b" * 40, 30)):
+        trained(documents(count)).save_pretrained(repository / "snapshots" / commit)
+        (repository / "snapshots" / commit / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        (repository / "refs" / name).write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    data = config(write(tmp_path / "a.jsonl", documents(30)))
+    model = {"name_or_path": "acme/tiny", "revision": "v1"}
+    run = check({"output_dir": "x", "model": model, "data": data.model_dump()})
+    prepared = prepare(data, vocab_size=1000, quiet=True, **tokenizer_of(run))
+    of_commits = [read_tokenizer("acme/tiny", key="", revision=name)[0] for name in ("v1", None)]
+    assert tokenizer_hash(of_commits[0]) != tokenizer_hash(of_commits[1])
+    assert tokenizer_hash(prepared.tokenizer()) == tokenizer_hash(of_commits[0])
+    # A tokenizer of its own has nothing to do with the revision of the model.
+    own = check({"output_dir": "x", "model": model, "data": data.model_dump() | {"tokenizer": "acme/tiny"}})
+    assert tokenizer_of(own)["revision"] is None
