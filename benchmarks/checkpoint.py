@@ -27,9 +27,10 @@ import torch
 from benchmarks import llama
 from benchmarks.peaks import MIB, in_fresh_process, phase
 from benchmarks.tables import Limit, options_of, publish
-from relora.checkpoint.load import checkpoint_problems, complete_checkpoints, open_checkpoint
+from relora.checkpoint.load import complete_checkpoints, open_checkpoint
 from relora.checkpoint.save import Checkpoints
 from relora.checkpoint.state import State
+from relora.checkpoint.verify import checkpoint_problems
 from relora.config import Config, check
 from relora.engines import Engine, TrainState, connect
 from relora.model.model import load_hf_config

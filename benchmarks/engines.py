@@ -67,14 +67,16 @@ def go_on(configs: list[str]) -> None:
     from relora.engines import connect
     from relora.train.preflight import preflight
     from relora.train.run import newest_state
+    from relora.train.signals import stop_signals
     from relora.train.train import train_stages
 
     engine = connect(load_config(configs[0]))
     for config in configs:
         run = preflight(load_config(config))
-        state = newest_state(run)
+        state = newest_state(run, engine.world)
         assert state.step == STOP, f"{config}: goes on from {state.step}"
-        train_stages(run, engine, state)
+        with stop_signals() as request:
+            train_stages(run, engine, state, request)
     engine.world.close()
 
 

@@ -185,6 +185,12 @@ COMMANDS = {
                 help="resume a run with a larger training.max_steps than it began with, such as "
                 "training.max_steps=2000 after 1000",
             ),
+            Argument(
+                "--strict",
+                action="store_true",
+                help="refuse to resume where the newest checkpoint is damaged (default: it is set aside, and the one "
+                "before is used)",
+            ),
         ),
     ),
     "plan": Command(

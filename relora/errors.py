@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,11 @@ class Stopped(BaseException):  # not an error
 
     As KeyboardInterrupt it may be raised anywhere, so it is no `Exception`, which libraries catch.
     """
+
+
+def warn(text: str) -> None:
+    """Print a warning, which goes to stderr with the errors, since nothing that the command writes depends on it."""
+    print(f"relora: warning: {text}", file=sys.stderr, flush=True)
 
 
 def raise_if_any(problems: Iterable[str]) -> None:

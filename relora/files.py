@@ -3,22 +3,39 @@
 import hashlib
 import json
 import os
+import secrets
 import shutil
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from relora.errors import disk_errors_name
 
+DAMAGED = ".damaged"
+DRAFTS = ".*.draft"
+
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the content of `path` in one step: a reader sees the old file or the new one, never a part."""
+    """Replace the content of `path` in one step: a reader sees the old file or the new one, never a part.
+
+    A link at `path` is replaced, not followed; a folder there is set aside.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    with disk_errors_name(path), draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft")
+    try:
+        # "x" creates the file or fails: nobody's draft, and no link that lies there, is written through.
+        with disk_errors_name(path), draft.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.is_dir() and not path.is_symlink():
+            set_aside(path)
+        draft.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
@@ -40,23 +57,25 @@ def sync(path: Path) -> None:
 def publish_folder(draft: Path, final: Path) -> None:
     """Rename a finished draft folder to its final name, after everything in it is on disk.
 
-    Whatever has the name is replaced: a folder, a file, or a link, whose target is left alone. It is removed when the
-    new folder is there, so that a kill leaves one of them whole, if under another name.
+    A folder of that name, or a link but not its target, is replaced; a file is set aside. What is replaced is removed
+    when the new folder is there, so that a kill leaves one of them whole, if under another name.
     """
     replaced = draft.with_name(f"{draft.name}-replaced")
     remove(replaced)
     for inside in draft.rglob("*"):
         sync(inside)
     sync(draft)
-    if os.path.lexists(final):
+    if final.is_symlink() or final.is_dir():
         final.rename(replaced)
+    elif final.exists():
+        set_aside(final)  # not written by us
     draft.rename(final)
     sync(final.parent)
     remove(replaced)
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder with all that is in it, or a link but not what it points to; nothing there is fine."""
+    """Remove a file, a folder with all in it, or a link, never what the link points to; nothing there is no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -73,12 +92,35 @@ def is_lfs_pointer(path: Path) -> bool:
         return file.read(len(head)) == head and path.stat().st_size < 1024
 
 
+def set_aside(path: Path) -> Path:
+    """Rename `path` to its name + ".damaged", with a number if that is taken, and return the new path."""
+    for number in count(1):
+        aside = path.with_name(f"{path.name}{DAMAGED}{f'-{number}' if number > 1 else ''}")
+        if not (aside.exists() or aside.is_symlink()):
+            break
+    path.rename(aside)
+    sync(path.parent)
+    return aside
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """Give a file a second name: a hard link, or a copy where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
+
+
+def json_of(content: bytes) -> Any:
+    """The JSON value of `content`.
+
+    Raises:
+        ValueError: it is not JSON in UTF-8, or nested too deep.
+    """
+    try:
+        return json.loads(content.decode("utf-8"))  # of bytes alone it would guess UTF-16
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def sha256_of(path: Path) -> str:
@@ -98,7 +140,10 @@ def folder_problems(setting: str, path: str) -> list[str]:
     Args:
         setting: the path as the user gave it, such as `output_dir = runs/x`.
     """
-    nearest = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
+    places = (Path(path), *Path(path).absolute().parents)
+    nearest = next(place for place in places if place.exists() or place.is_symlink())
+    if nearest.is_symlink() and not nearest.exists():
+        return [f"{setting}: {nearest} is a link to {nearest.readlink()}, which is not there"]
     if nearest.is_dir():
         return []
     return [f"{setting}: is a file" if nearest == Path(path) else f"{setting}: {nearest} is a file, not a folder"]

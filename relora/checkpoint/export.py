@@ -1,6 +1,5 @@
 """A plain Hugging Face folder: what transformers, vLLM and PEFT load."""
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,11 +10,11 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from relora.checkpoint.format import TEMPORARY_PREFIX
+from relora.checkpoint.format import TEMPORARY_PREFIX, sealed
 from relora.checkpoint.portable import GENERATION, make_portable, write
 from relora.checkpoint.run_model import RunModel
 from relora.errors import Failed, UserError
-from relora.files import publish_folder, remove, sha256_of
+from relora.files import publish_folder, remove, sha256_of, write_json
 from relora.model.tasks import Task
 from relora.text import code_block, without_secrets
 
@@ -113,7 +112,7 @@ def write_folder(exported: RunModel, folder: Path, *, card: Card, about: Mapping
     versions = make_portable(folder, exported.model)
     if about is not None:
         content = {**about, "files": file_hashes(folder, {path.name for path in folder.iterdir()})}
-        (folder / RESULTS).write_text(json.dumps(content, indent=1), encoding="utf-8")
+        write_json(folder / RESULTS, sealed(content))
     (folder / CARD).write_text(card.text(versions), encoding="utf-8")
     # safetensors makes its files for the owner alone, whatever the umask; those just written have the usual mode.
     mode = (folder / CARD).stat().st_mode

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from relora.checkpoint.format import FORMAT, MANIFEST, TEMPORARY_PREFIX, FileFacts
+from relora.checkpoint.format import FORMAT, MANIFEST, TEMPORARY_PREFIX, FileFacts, Manifest, sealed
 from relora.checkpoint.load import read_manifest
 from relora.checkpoint.safetensors_stream import write_tensors
 from relora.engines.state_entry import Entry
-from relora.files import link_or_copy, publish_folder, write_json
+from relora.files import link_or_copy, publish_folder, remove, write_json
 
 SHARD_BYTES, MIB = 2**30, 2**20
 
@@ -37,7 +37,7 @@ class FolderWriter:
         self.files: dict[str, FileFacts] = {}
         self.tensors: dict[str, str] = {}
         if writes:
-            shutil.rmtree(self.temporary, ignore_errors=True)
+            remove(self.temporary)
             self.temporary.mkdir(parents=True)
 
     def write(self, group: str, entries: Sequence[Entry]) -> None:
@@ -77,8 +77,22 @@ class FolderWriter:
         if self.writes:
             files = {name: of_file.model_dump() for name, of_file in self.files.items()}
             manifest = {"format": FORMAT, **facts, "files": files, "tensors": self.tensors}
-            write_json(self.temporary / MANIFEST, manifest)
+            write_json(self.temporary / MANIFEST, sealed(manifest))
             publish_folder(self.temporary, self.final)
+
+
+def is_unchanged(folder: Path, manifest: Manifest, groups: Sequence[str]) -> bool:
+    """Whether no file of `groups` was lost or written to since the manifest that stands beside it.
+
+    Goes by size and time, not by content: it is asked at each save.
+    """
+    written_ns = (folder / MANIFEST).stat().st_mtime_ns
+    for name, facts in manifest.files.items():
+        if facts.group in groups:
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != facts.bytes or path.stat().st_mtime_ns > written_ns:
+                return False
+    return True
 
 
 def shards_of(entries: Sequence[Entry]) -> list[list[Entry]]:

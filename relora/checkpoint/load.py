@@ -1,12 +1,12 @@
-"""Read checkpoints. Whether one is complete, damaged or absent is settled before anything is built from it."""
+"""Read checkpoints. Whether one is whole is settled by `verify.py` before anything is built from it."""
 
-import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from relora.checkpoint.format import (
@@ -14,6 +14,7 @@ from relora.checkpoint.format import (
     BUFFERS,
     EXTRA,
     FORMAT,
+    HASH,
     MANIFEST,
     MOMENTS,
     PER_PROCESS,
@@ -22,12 +23,22 @@ from relora.checkpoint.format import (
     TRAINED,
     Manifest,
     TensorManifest,
+    checkpoint_name,
     format_problem,
+    sealed,
 )
 from relora.checkpoint.state import State, Weights
 from relora.config import UserError
 from relora.engines.state_entry import STATE_PREFIX, state_prefix
-from relora.files import sha256_of
+from relora.files import json_of
+
+
+class DamagedError(UserError):
+    """A folder of ours is not what was written: the reason, and the folder."""
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__([f"checkpoint {folder}: {reason}"])
+        self.folder, self.reason = folder, reason
 
 
 class TensorFiles(Mapping[str, Tensor]):
@@ -44,8 +55,11 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         path, key = self.places[name]
-        with safe_open(self.folder / path, framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key)
+        try:
+            with safe_open(self.folder / path, framework="pt") as file:
+                tensor: Tensor = file.get_tensor(key)
+        except (OSError, SafetensorError) as error:  # it was whole when it was opened first
+            raise DamagedError(self.folder, f"{path} cannot be read any more ({error})") from None
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -55,46 +69,46 @@ class TensorFiles(Mapping[str, Tensor]):
         return len(self.places)
 
 
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint by the name of its folder; None for any other name."""
+    match = re.fullmatch(r"step-([0-9]{8,15})", path.name)
+    return int(match[1]) if match is not None and path.name == checkpoint_name(int(match[1])) else None
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Folders of the complete checkpoints in `folder`, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+    found = {step_of(path.parent): path.parent for path in folder.glob(f"step-*/{MANIFEST}") if path.is_file()}
+    return [found[step] for step in sorted(step for step in found if step is not None)]
 
 
 def last_step(folder: Path) -> int:
     """Step of the newest complete checkpoint, 0 without one."""
-    return max((int(path.name.removeprefix("step-")) for path in complete_checkpoints(folder)), default=0)
+    return max((step_of(path) or 0 for path in complete_checkpoints(folder)), default=0)
 
 
 def format_problems(folder: Path) -> list[str]:
     """One line if the newest complete checkpoint in `folder` has a format that this version does not read."""
     for newest in complete_checkpoints(folder)[-1:]:
         try:
-            content = json.loads((newest / MANIFEST).read_bytes())
-        except (OSError, ValueError):
-            continue  # damage is reported when the manifest is read
-        if isinstance(content, dict) and "format" in content and content["format"] != FORMAT:
-            return [format_problem(newest, content["format"])]
-    return []
-
-
-def checkpoint_problems(folder: Path) -> list[str]:
-    """One line for the first file of a checkpoint whose size or hash is not that of its manifest.
-
-    Raises:
-        UserError: the manifest cannot be read.
-    """
-    for name, facts in read_manifest(folder).files.items():
-        path = folder / name
-        if not path.is_file():
-            return [_unreadable(folder, f"{name} is missing")]
-        if path.stat().st_size != facts.bytes or sha256_of(path) != facts.sha256:
-            return [_unreadable(folder, f"{name} is not what was written (size or hash differs)")]
+            read_manifest(newest)
+        except DamagedError:
+            break  # damage is another matter
+        except UserError as error:
+            return error.problems
     return []
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a complete checkpoint; UserError if it cannot be read."""
-    return _read(folder, Manifest)
+    """The manifest of a complete checkpoint.
+
+    Raises:
+        DamagedError: it is not what was written, or is that of another folder.
+        UserError: it has another format, or cannot be read.
+    """
+    manifest = _read(folder, Manifest)
+    if step_of(folder) not in (None, manifest.step):
+        raise DamagedError(folder, f"{MANIFEST} is that of step {manifest.step}")
+    return manifest
 
 
 def open_checkpoint(folder: Path, *, state_index: int = 0) -> State:
@@ -104,7 +118,7 @@ def open_checkpoint(folder: Path, *, state_index: int = 0) -> State:
         state_index: the process whose parameters are wanted, of several that trained separately.
 
     Raises:
-        UserError: the manifest cannot be read.
+        UserError: as `read_manifest`.
     """
     manifest, prefix = read_manifest(folder), state_prefix(state_index)
     groups: dict[str, dict[str, str]] = {BASE: {}, QUANTIZED: {}, BUFFERS: {}, TRAINED: {}, MOMENTS: {}, EXTRA: {}}
@@ -132,6 +146,7 @@ def open_checkpoint(folder: Path, *, state_index: int = 0) -> State:
         moments=moments,
         steps=manifest.steps,
         evaluated=manifest.evaluated,
+        metrics=manifest.metrics,
         state_index=state_index,
         extra=TensorFiles(folder, groups[EXTRA]),
     )
@@ -142,29 +157,36 @@ def open_states(folder: Path) -> list[State]:
     return [open_checkpoint(folder, state_index=index) for index in range(read_manifest(folder).num_states)]
 
 
-def open_stage_start(folder: Path) -> TensorFiles:
-    """The wrapped weights at the beginning of the low-rank stage, by canonical name."""
-    return TensorFiles(folder, _read(folder, TensorManifest).tensors)
+def read_tensors(folder: Path) -> TensorManifest:
+    """The manifest of a folder of tensors that is no checkpoint; the errors are those of `read_manifest`."""
+    return _read(folder, TensorManifest)
 
 
 AnyManifest = TypeVar("AnyManifest", bound=TensorManifest)
 
 
 def _read(folder: Path, kind: type[AnyManifest]) -> AnyManifest:
-    """MANIFEST.json as `kind`; UserError that says what is wrong with it."""
+    """MANIFEST.json as `kind`; the errors are those of `read_manifest`."""
     try:
-        return kind.model_validate_json((folder / MANIFEST).read_bytes())
-    except ValidationError as error:
-        # The format is the first field: where it is not ours, what else is wrong follows from it.
-        first = error.errors()[0]
-        if first["loc"] == ("format",) and first["type"] == "literal_error":
-            raise UserError([format_problem(folder, first["input"])]) from None
-        key = ".".join(str(part) for part in first["loc"])
-        reason = f"{MANIFEST} is damaged ({f'{key}: ' if key else ''}{first['msg']})"
+        content = json_of((folder / MANIFEST).read_bytes())
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise DamagedError(folder, f"{MANIFEST} is missing") from None
     except OSError as error:
-        reason = f"{MANIFEST} cannot be read ({error.strerror})"
-    raise UserError([_unreadable(folder, reason)])
-
-
-def _unreadable(folder: Path, reason: str) -> str:
-    return f"checkpoint {folder}: {reason}; remove the folder to resume from the checkpoint before it"
+        raise UserError([f"checkpoint {folder}: {MANIFEST} cannot be read ({error.strerror})"]) from None
+    except ValueError as error:
+        raise DamagedError(folder, f"{MANIFEST} is damaged ({str(error)[:80]})") from None
+    if not isinstance(content, dict):
+        raise DamagedError(folder, f"{MANIFEST} is damaged (no mapping)")
+    # The hash comes first: where it differs, a strange format is damage too.
+    if HASH in content and content[HASH] != sealed(content)[HASH]:
+        raise DamagedError(folder, f"{MANIFEST} is damaged (its hash differs)")
+    number = content.get("format")
+    if isinstance(number, int) and number not in (2, FORMAT):
+        raise UserError([format_problem(folder, number)])
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])[:80]
+        told = f"{f'{key}: ' if key else ''}{first['msg'].removeprefix('Value error, ')}"
+        raise DamagedError(folder, f"{MANIFEST} is damaged ({told})") from None

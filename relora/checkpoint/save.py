@@ -12,6 +12,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from relora.checkpoint.folder_writer import MIB, FolderWriter, FrozenFiles
+from relora.checkpoint.folder_writer import MIB, FolderWriter, FrozenFiles, is_unchanged
 from relora.checkpoint.format import (
     BASE,
     BUFFERS,
@@ -30,14 +31,16 @@ from relora.checkpoint.format import (
     QUANTIZED_SUFFIX,
     TEMPORARY_PREFIX,
     TRAINED,
+    checkpoint_name,
 )
 from relora.checkpoint.host_copies import HostCopies
-from relora.checkpoint.load import complete_checkpoints, last_step, read_manifest
+from relora.checkpoint.load import complete_checkpoints, last_step, read_manifest, step_of
 from relora.checkpoint.weights import persistent_buffers
+from relora.config import UserError
 from relora.engines import Engine, TrainState
 from relora.engines.state_entry import Entry
 from relora.errors import Failed
-from relora.files import mount_point
+from relora.files import DRAFTS, mount_point, remove
 from relora.method.choices import StageName
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
@@ -91,7 +94,7 @@ class Checkpoints:
         Args:
             skipped: batches skipped so far.
             cycle: restarts so far: the frozen weights are those of this cycle.
-            about: further entries of the manifest (fingerprint, hash of the data, evaluated).
+            about: further entries of the manifest (fingerprint, hash of the data, evaluated, metrics).
 
         Raises:
             Failed: this is the third checkpoint in a row that the disk did not take. Of two before it `warn` was told.
@@ -100,7 +103,8 @@ class Checkpoints:
         began_s = time.perf_counter()
         moments, steps = _optimizer_state(train_state, engine)
         groups = _groups(train_state, engine, cycle=cycle, moments=moments)
-        frozen = FrozenFiles((f"{BASE}-{cycle:05d}", f"{QUANTIZED}-{cycle:05d}"), self._with_frozen(stage, cycle))
+        names = f"{BASE}-{cycle:05d}", f"{QUANTIZED}-{cycle:05d}"
+        frozen = FrozenFiles(names, self._with_frozen(stage, cycle, names))
         # Processes that write nothing still take part in reading: it is collective where parameters are sharded.
         [num_linking] = engine.world.sum([float(frozen.source is not None)])
         if num_linking:
@@ -136,21 +140,27 @@ class Checkpoints:
         return one_s if self._in_flight is None else 2 * one_s
 
     def remove_leftovers(self) -> None:
-        """Remove what killed processes have left: temporary folders, and checkpoints whose removal was under way."""
-        for folder in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
-            shutil.rmtree(folder)
-        for folder in self.folder.glob("step-*"):
-            if not (folder / MANIFEST).is_file():
-                shutil.rmtree(folder)
+        """Remove what killed processes have left: temporary names, drafts, checkpoints of older versions."""
+        run, temporary = self.folder.parent, f"{TEMPORARY_PREFIX}*"
+        for path in (*self.folder.glob(temporary), *run.glob(temporary), *run.glob(DRAFTS)):
+            remove(path)
+        newest = last_step(self.folder)
+        for path in self.folder.glob("step-*"):
+            step = step_of(path)
+            if step is not None and step < newest and path.is_dir() and not (path / MANIFEST).exists():
+                remove(path)
 
-    def _with_frozen(self, stage: StageName, cycle: int) -> Path | None:
-        """The newest checkpoint of this cycle, whose files of frozen weights can be shared; None on other processes."""
-        found = None
-        for folder in complete_checkpoints(self.folder) if self.writes else []:
-            manifest = read_manifest(folder)
-            if (manifest.stage, manifest.cycle) == (stage, cycle):
-                found = folder
-        return found
+    def _with_frozen(self, stage: StageName, cycle: int, groups: Sequence[str]) -> Path | None:
+        """The newest checkpoint if it is of this cycle and its frozen weights can be shared; None on other processes.
+
+        The newest one alone: it was read as a whole when the run resumed from it, or this process wrote it.
+        """
+        for folder in complete_checkpoints(self.folder)[-1:] if self.writes else []:
+            with suppress(UserError):  # damaged since: the files are written anew
+                manifest = read_manifest(folder)
+                if (manifest.stage, manifest.cycle) == (stage, cycle) and is_unchanged(folder, manifest, groups):
+                    return folder
+        return None
 
     def _write(
         self,
@@ -166,7 +176,7 @@ class Checkpoints:
         Raises:
             OSError: the disk is full or fails. The temporary folder is gone then, so that it takes no room.
         """
-        writer = FolderWriter(self.folder / f"step-{step:08d}", writes=self.writes)
+        writer = FolderWriter(self.folder / checkpoint_name(step), writes=self.writes)
         try:
             writer.reserve(sum(entry.num_bytes for entries in groups.values() for entry in entries))
             writer.link(frozen)
@@ -175,9 +185,10 @@ class Checkpoints:
             writer.publish(facts)
             if self.writes and self.limit is not None:
                 for folder in complete_checkpoints(self.folder)[: -self.limit]:
-                    # Without its manifest a folder is no checkpoint: a kill in between leaves no damaged one.
-                    (folder / MANIFEST).unlink()
-                    shutil.rmtree(folder)
+                    # Under a temporary name first: a kill in between leaves no damaged checkpoint.
+                    doomed = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
+                    remove(doomed)
+                    remove(folder.rename(doomed))
         except OSError:
             shutil.rmtree(writer.temporary, ignore_errors=True)
             raise

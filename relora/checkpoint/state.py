@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from relora.checkpoint.format import MetricsFacts
 from relora.method.choices import StageName
 
 
@@ -45,6 +46,7 @@ class State:
         moments: by parameter name the optimizer moments by slot, full shapes; empty after a switch.
         steps: by parameter name the optimizer's step count; none for an optimizer without one.
         evaluated: whether the evaluation that was due at this step, if any, has been made.
+        metrics: the metrics file at this step; None where nobody recorded it.
         state_index: the process whose weights these are, where processes train separately.
         extra: state of the engine by name, as of `Engine.extra_state`.
     """
@@ -58,5 +60,6 @@ class State:
     moments: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     steps: Mapping[str, float] = field(default_factory=dict)
     evaluated: bool = True
+    metrics: MetricsFacts | None = None
     state_index: int = 0
     extra: Mapping[str, Tensor] = field(default_factory=dict)

@@ -5,10 +5,11 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from relora.checkpoint.load import checkpoint_problems, complete_checkpoints
-from relora.checkpoint.run_folder import RunFolder
+from relora.checkpoint.load import complete_checkpoints, step_of
+from relora.checkpoint.run_folder import RunFolder, read_run_config
 from relora.checkpoint.run_model import RunModel, load_run_model
-from relora.config import Config, UserError, load_config, raise_if_any
+from relora.checkpoint.verify import checkpoint_problems
+from relora.config import Config, UserError, raise_if_any
 from relora.files import looks_like_a_path
 from relora.model.model import first_lines, without_cache
 from relora.model.pretrained import folder_problems, weight_problems
@@ -28,7 +29,7 @@ def load(run_or_model: str, task: Task | None = None) -> tuple[PreTrainedModel, 
     """
     folder = RunFolder(Path(run_or_model))
     if folder.is_run:
-        loaded = load_run(folder, find_checkpoint(folder, None), load_config(folder.config))
+        loaded = load_run(folder, find_checkpoint(folder, None), read_run_config(folder))
         model, tokenizer = loaded.model, loaded.tokenizer
     else:
         model, tokenizer = _load_plain(run_or_model, task or CausalLM())
@@ -48,7 +49,7 @@ def find_checkpoint(folder: RunFolder, step: int | None) -> Path:
         raise UserError([f"{folder.path}: the run has no complete checkpoint yet"])
     if step is None:
         return checkpoints[-1]
-    by_step = {int(path.name.removeprefix("step-")): path for path in checkpoints}
+    by_step = {step_of(path): path for path in checkpoints}
     if step not in by_step:
         raise UserError([f"--step {step}: the run has checkpoints at {', '.join(map(str, by_step))}"])
     return by_step[step]
@@ -58,7 +59,7 @@ def run_of(run_or_model: str) -> Config | None:
     """The configuration of a run, given its folder or a model folder inside of it; None for any other model."""
     path = Path(run_or_model)
     run = next((RunFolder(p) for p in (path, path.resolve().parent) if RunFolder(p).is_run), None)
-    return load_config(run.config) if run is not None else None
+    return read_run_config(run) if run is not None else None
 
 
 def _load_plain(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -4,7 +4,7 @@ import os
 import platform
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 from relora.engines.heartbeat import Heartbeat, agree_on_name
 from relora.errors import raise_if_any
 
+T = TypeVar("T")
 LaunchedEngine = Literal["ddp", "fsdp2", "deepspeed"]
 # The first process writes checkpoints and the final model alone; the others wait longer than NCCL's ten minutes.
 TIMEOUT = timedelta(hours=2)
@@ -134,13 +135,17 @@ class World:
         distributed.broadcast(sent, src=source)
         return sent
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes, small objects that can be pickled, by process index."""
+        if self.num_processes == 1:
+            return [value]
+        values: list[T] = [value] * self.num_processes
+        distributed.all_gather_object(values, value)
+        return values
+
     def all_equal(self, text: str) -> bool:
         """Whether all processes hold the same text."""
-        if self.num_processes == 1:
-            return True
-        texts: list[str | None] = [None] * self.num_processes
-        distributed.all_gather_object(texts, text)
-        return len(set(texts)) == 1
+        return len(set(self.gather(text))) == 1
 
     def barrier(self) -> None:
         """Wait for all processes."""

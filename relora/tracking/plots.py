@@ -1,7 +1,10 @@
-"""Pictures for TensorBoard. matplotlib is an extra: without it a run has none."""
+"""Pictures and files for TensorBoard. matplotlib is an extra: without it a run has no pictures."""
 
 import importlib.util
+import re
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,3 +40,14 @@ def spectrum_picture(spectra: Mapping[str, Tensor], *, title: str) -> Any:
 
 def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def wait_until_newest(folder: Path) -> None:
+    """Wait until a file of events that is created now sorts behind those in `folder`: 1 s at most, as a rule no time.
+
+    The names begin with the second of their creation, and TensorBoard reads the files in the order of their names: one
+    that replaces the steps of another must come after it.
+    """
+    seconds = [re.match(r"events\.out\.tfevents\.(\d+)\.", path.name) for path in folder.glob("events.out.tfevents.*")]
+    newest = max((int(found[1]) for found in seconds if found), default=0)
+    time.sleep(min(1.0, max(0.0, newest + 1 - time.time())))

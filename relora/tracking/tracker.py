@@ -6,11 +6,9 @@ Only the first process has sinks; the tracker of every other process is `Tracker
 
 import json
 import os
-import re
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,15 +19,15 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 from tqdm import tqdm
 
+from relora.checkpoint.format import MetricsFacts
 from relora.checkpoint.run_folder import RunFolder
+from relora.errors import warn
 from relora.method.registry import resolve
 from relora.text import code_block
-from relora.tracking.metrics_file import cut_metrics
-from relora.tracking.plots import INSTALL, has_matplotlib, spectrum_picture
+from relora.tracking.metrics_file import KINDS, cut_metrics, written_again
+from relora.tracking.plots import INSTALL, has_matplotlib, spectrum_picture, wait_until_newest
 
 P = ParamSpec("P")
-# A line of metrics is of the kind that the first of these keys in it names; TensorBoard shows its fields under KIND/.
-KINDS = {"loss": "train", "eval_loss": "eval", "restart": "restart", "probe_loss": "probe"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,8 @@ class SinkContext:
         cycle: restarts behind it at that step.
         total_steps: the step at which the run ends.
         hparams: the settings that make the run what it is, by dotted key.
+        evaluated: whether the evaluation that was due at `start_step`, if any, has been made.
+        metrics: metrics.jsonl as it was at `start_step`; None where nobody recorded it.
     """
 
     folder: Path
@@ -49,6 +49,8 @@ class SinkContext:
     cycle: int
     total_steps: int
     hparams: Mapping[str, Any]
+    evaluated: bool = True
+    metrics: MetricsFacts | None = None
 
 
 class Sink:
@@ -142,9 +144,7 @@ def open_tracker(context: SinkContext, report_to: Sequence[str]) -> Tracker:
 
     Raises:
         ValueError: as `sink_problems`.
-        UserError: metrics.jsonl is damaged.
     """
-    # The file first: where it cannot be read, nothing else has been touched.
     sinks: list[Sink] = [MetricsFile(context)]
     sinks += [resolve("training.report_to", name, SINKS)(context) for name in report_to]
     return Tracker([*sinks, ProgressBar(context), StatusFile(context)])
@@ -167,38 +167,56 @@ def sink_problems(report_to: Sequence[str]) -> list[str]:
 class MetricsFile(Sink):
     """metrics.jsonl: one JSON object a line, with the `time` (UTC) at which it was written.
 
-    A resumed run cuts off the lines past its checkpoint.
+    A resumed run cuts off the lines past its checkpoint. Where the file is removed, replaced or shortened while the run
+    writes it, the lines that can still be read are written again, with a warning, at the next `sync`.
     """
 
     def __init__(self, context: SinkContext) -> None:
         super().__init__(context)
-        path = RunFolder(context.folder).metrics
-        cut_metrics(path, after_step=context.start_step, cycle=context.cycle)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("a", encoding="utf-8")
+        self.path = RunFolder(context.folder).metrics
+        cut_metrics(
+            self.path,
+            after_step=context.start_step,
+            cycle=context.cycle,
+            evaluated=context.evaluated,
+            facts=context.metrics,
+        )
+        self._open()
+
+    def _open(self) -> None:
+        """Open the file for lines to be added. Its end is noted: nobody else may write there."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # Readable too: a file that is removed while it is open can still be read.
+        self._file = self.path.open("a+", encoding="utf-8")
+        self._size = os.fstat(self._file.fileno()).st_size
 
     def metrics(self, line: Mapping[str, Any]) -> None:
         time = datetime.now(UTC).isoformat(timespec="milliseconds")
-        self._file.write(json.dumps({**line, "time": time}) + "\n")
+        self._size += self._file.write(json.dumps({**line, "time": time}) + "\n")  # ASCII: a byte for each character
         self._file.flush()
 
-    def sync(self, step: int) -> None:  # noqa: ARG002
+    def sync(self, step: int) -> None:
+        if written_again(self.path, self._file, self._size, before_step=step):
+            self._open()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
+        self.sync(self.context.total_steps)
         self._file.close()
 
 
 class TensorBoard(Sink):
-    """Scalars under the kind of their line, samples as text, spectra as pictures, the settings as hyperparameters."""
+    """Scalars under the kind of their line, samples as text, spectra as pictures, the settings as hyperparameters.
+
+    Where the folder is removed while the run writes to it, a new file of events begins, with a warning.
+    """
 
     def __init__(self, context: SinkContext) -> None:
         super().__init__(context)
         start = context.start_step
-        folder = RunFolder(context.folder).tensorboard
-        wait_until_newest(folder)
-        self._board = SummaryWriter(str(folder), purge_step=0 if start is None else start + 1)
+        self.folder = RunFolder(context.folder).tensorboard
+        wait_until_newest(self.folder)
+        self._board = SummaryWriter(str(self.folder), purge_step=0 if start is None else start + 1)
         if not has_matplotlib():
             print(f"no pictures in TensorBoard: matplotlib is missing ({INSTALL})", file=sys.stderr)
         if start is None:
@@ -211,34 +229,46 @@ class TensorBoard(Sink):
     def metrics(self, line: Mapping[str, Any]) -> None:
         # {"step": 7, "eval_loss": 2.3} -> eval/loss at 7
         kind = next(kind for key, kind in KINDS.items() if key in line)
-        for key, value in line.items():
-            if key != "step" and isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{key.removeprefix(f'{kind}_')}", value, line["step"])
+        try:
+            for key, value in line.items():
+                if key != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{key.removeprefix(f'{kind}_')}", value, line["step"])
+        except FileNotFoundError:
+            self._begin_again()
+            self.metrics(line)
 
     def text(self, tag: str, text: str, step: int) -> None:
-        self._board.add_text(tag, code_block(text), step)
+        try:
+            self._board.add_text(tag, code_block(text), step)
+        except FileNotFoundError:
+            self._begin_again()
+            self.text(tag, text, step)
 
     def spectra(self, spectra: Mapping[str, Tensor], step: int) -> None:
-        picture = spectrum_picture(spectra, title=f"W - W_start after {step} updates")
-        if picture is not None:
-            self._board.add_image("spectrum", picture, step, dataformats="HWC")
+        picture = spectrum_picture(spectra, title=f"W - W_start after {step} updates") if spectra else None
+        try:
+            if picture is not None:
+                self._board.add_image("spectrum", picture, step, dataformats="HWC")
+        except FileNotFoundError:
+            self._begin_again()
+            self.spectra(spectra, step)
 
     def sync(self, step: int) -> None:  # noqa: ARG002
-        self._board.flush()
+        try:
+            self._board.flush()
+        except FileNotFoundError:
+            self._begin_again()
 
     def close(self) -> None:
-        self._board.close()
+        with suppress(FileNotFoundError):
+            self._board.close()
 
-
-def wait_until_newest(folder: Path) -> None:
-    """Wait until a file of events that is created now sorts behind those in `folder`: 1 s at most, as a rule no time.
-
-    The names begin with the second of their creation, and TensorBoard reads the files in the order of their names: one
-    that replaces the steps of another must come after it.
-    """
-    seconds = [re.match(r"events\.out\.tfevents\.(\d+)\.", path.name) for path in folder.glob("events.out.tfevents.*")]
-    newest = max((int(found[1]) for found in seconds if found), default=0)
-    time.sleep(min(1.0, max(0.0, newest + 1 - time.time())))
+    def _begin_again(self) -> None:
+        """Open a new file of events, in the folder made anew: that of the old one is gone."""
+        warn(f"{self.folder} was removed; a new file of events begins there, what the old one held is lost")
+        with suppress(OSError):
+            self._board.close()
+        self._board = SummaryWriter(str(self.folder))
 
 
 class ProgressBar(Sink):

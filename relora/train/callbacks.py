@@ -17,13 +17,15 @@ from relora.checkpoint.save import Checkpoints
 from relora.checkpoint.state import State
 from relora.data import eval_batches
 from relora.engines import Engine, TrainState
+from relora.errors import UserError, warn
 from relora.method.delta import lora_delta
 from relora.method.lora import lora_layers
 from relora.model.generate import sample_text
 from relora.tracking.communication import Traffic
+from relora.tracking.metrics_file import metrics_facts
 from relora.tracking.tracker import Tracker
 from relora.train.evaluate import GivenUp, held_out_loss
-from relora.train.run import Run
+from relora.train.run import Run, write_settings
 from relora.train.signals import StopRequest
 from relora.train.stages import Stage
 
@@ -215,8 +217,16 @@ class Callbacks:
         return texts
 
     def save(self, step: int, num_skipped: int, *, evaluated: bool = True) -> None:
-        """Write a checkpoint; the metrics up to it are on the disk before it is."""
+        """Write a checkpoint; the metrics up to it are on the disk before it is.
+
+        A run folder that was removed meanwhile is made anew.
+        """
+        folder = self.run.folder
+        if self.checkpoints.writes and not folder.is_run:
+            warn(f"{folder.path} was removed or moved before step {step}; it is made anew, without what was in it")
+            write_settings(self.run, self.engine.world.num_processes)
         self.tracker.sync(step)
+        facts = metrics_facts(folder.metrics) if self.checkpoints.writes else None
         self.checkpoints.save(
             self.state,
             self.engine,
@@ -224,7 +234,7 @@ class Callbacks:
             skipped=num_skipped,
             stage=self.stage.name,
             cycle=self.run.schedule.restarts_done(step),
-            about={**self.run.about, "evaluated": evaluated},
+            about={**self.run.about, "evaluated": evaluated, "metrics": facts and facts.model_dump()},
         )
 
     def probe_loss(self) -> float:
@@ -246,6 +256,10 @@ class Callbacks:
             A, B, W = (store.read(parameter) for parameter in (layer.lora_A, layer.lora_B, layer.weight))
             if self.stage_start:
                 learned = W + lora_delta(A, B, layer.scale, transposed=layer.transposed).to(W.device)
-                learned -= self.stage_start[f"{name}.weight"].to(W.device)
+                try:
+                    learned -= self.stage_start[f"{name}.weight"].to(W.device)
+                except UserError as error:  # removed since the stage began
+                    self.tracker.log(f"no spectrum of {name}: {error}")
+                    continue
                 spectra[name] = torch.linalg.svdvals(learned).cpu()
         return spectra

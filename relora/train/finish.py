@@ -1,18 +1,17 @@
 """The end of a run: the final model, and a summary that says where everything is."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from relora.checkpoint.export import RESULTS, Card, export_model, file_hashes
-from relora.checkpoint.format import MANIFEST, TEMPORARY_PREFIX
+from relora.checkpoint.format import MANIFEST, TEMPORARY_PREFIX, sealed
 from relora.checkpoint.load import complete_checkpoints, read_manifest
 from relora.checkpoint.run_model import load_run_model
-from relora.config import UserError
 from relora.config.yaml12 import dump
 from relora.data import unigram_entropy
-from relora.files import remove, sha256_of
+from relora.errors import warn
+from relora.files import json_of, remove, sha256_of
 from relora.tracking.metrics_file import has_number, read_metrics
 from relora.train.run import Run
 
@@ -42,11 +41,14 @@ def is_finished(run: Run) -> bool:
     """
     try:
         newest = complete_checkpoints(run.folder.checkpoints)[-1]
-        written = json.loads((run.folder.final / RESULTS).read_text(encoding="utf-8"))
+        written = json_of((run.folder.final / RESULTS).read_bytes())
         is_newest = written["checkpoint_sha256"] == sha256_of(newest / MANIFEST)
-        if not is_newest or written["step"] != run.schedule.max_steps:
+        if not is_newest or written["step"] != run.schedule.max_steps or sealed(written) != written:
             return False
-        return bool(written["files"] == file_hashes(run.folder.final, written["files"]))
+        if written["files"] == file_hashes(run.folder.final, written["files"]):
+            return True
+        warn(f"{run.folder.final} is not what was written; it is written again from {newest.name}")
+        return False
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return False  # not there, damaged, or of another run: it is written again
 
@@ -81,11 +83,7 @@ def run_results(run: Run) -> Results:
             "skipped": manifest.skipped,
         }
     )
-    try:
-        lines = read_metrics(run.folder.metrics)
-    except UserError as error:
-        lines = []
-        results.unknown.append(str(error))
+    lines = read_metrics(run.folder.metrics)
     eval_loss = {line["step"]: line["eval_loss"] for line in lines if has_number(line, "eval_loss")}
     wanted = {"eval_loss": step}
     if schedule.has_low_rank_stage and schedule.warm_start_steps:

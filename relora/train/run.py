@@ -6,13 +6,23 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from relora.checkpoint.load import checkpoint_problems, complete_checkpoints, open_checkpoint, read_manifest
+from relora.checkpoint.format import MANIFEST
+from relora.checkpoint.load import complete_checkpoints, open_checkpoint, read_manifest
 from relora.checkpoint.run_folder import RunFolder
+from relora.checkpoint.run_model import keep_files
 from relora.checkpoint.state import State
+from relora.checkpoint.verify import checkpoint_problems, newest_whole, put_damaged_aside
 from relora.config import Config, ModelSection, UserError, raise_if_any
-from relora.config.derived import fingerprint, identity, schedule_of
+from relora.config.derived import derived_numbers, fingerprint, identity, schedule_of
 from relora.data import PreparedData
-from relora.engines import is_first_on_node, launched_num_processes, launched_process_index, resume_problems
+from relora.engines import (
+    World,
+    is_first_on_node,
+    launched_num_processes,
+    launched_process_index,
+    resume_problems,
+)
+from relora.errors import warn
 from relora.method.schedule import Schedule
 from relora.method.usage import ModelUsage
 from relora.model.tasks import Task
@@ -65,27 +75,67 @@ def run_identity(config: Config, hf_config: PretrainedConfig) -> dict[str, Any]:
     return identity(config, settings)
 
 
-def newest_state(run: Run) -> State:
-    """The state to resume from: that of the newest complete checkpoint, or a fresh one for a new run.
+def write_settings(run: Run, num_processes: int) -> None:
+    """Write what a run folder needs beside checkpoints for a resume, an export and a reader."""
+    folder, config = run.folder, run.config
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    numbers = derived_numbers(config, num_processes)
+    settings = config.model_copy(update={"model": run.resolved_model})
+    keep_files(folder, config, run.data)
+    folder.write_config(settings, identity=run.identity, numbers=numbers)
 
-    A process whose index is beyond those that trained separately takes the state of one of them.
+
+def newest_state(run: Run, world: World, *, strict: bool = False, may_rename: bool = False) -> State:
+    """The state to resume from: that of the newest whole checkpoint, or a fresh one for a new run. Collective.
+
+    The first process looks, decides for all, and sets damaged checkpoints aside. A process whose index is beyond those
+    that trained separately takes the state of one of them.
+
+    Args:
+        strict: a damaged checkpoint is an error, although one before it is whole.
+        may_rename: this launch holds the lock of the run folder.
 
     Raises:
-        UserError: the checkpoint is damaged, of another run, of other data, or needs another number of processes.
+        UserError: no checkpoint is whole, or the one to resume from is of another run, of other data, or needs another
+            number of processes. All processes raise it.
     """
-    folders = complete_checkpoints(run.folder.checkpoints)
-    if not folders:
+    name, problems = None, list[str]()
+    if world.process_index == 0:
+        try:
+            name = _place_to_resume(run, strict=strict, may_rename=may_rename)
+        except UserError as error:
+            problems = error.problems
+    name, problems = world.gather((name, problems))[0]
+    raise_if_any(problems)
+    # Where the first process has none, one that sees another disk takes its own: the states are compared afterwards.
+    own = [folder.name for folder in complete_checkpoints(run.folder.checkpoints)]
+    folder = run.folder.checkpoints / (name or (own or [""])[-1])
+    is_there, is_other_node = (folder / MANIFEST).is_file(), is_first_on_node() and world.process_index != 0
+    # The first process has read all files; each other node has a look of its own.
+    found = world.gather(checkpoint_problems(folder) if is_there and is_other_node else [])
+    raise_if_any(problem for problems in found for problem in problems)
+    if not is_there:
         return State()
-    newest, num_processes = folders[-1], launched_num_processes()
-    manifest = read_manifest(newest)
-    # Reading all files takes a while: one process of each node does it for all.
-    raise_if_any(checkpoint_problems(newest) if is_first_on_node() else [])
-    place, data = f"output_dir = {run.folder.path}", run.about["data"]
+    return open_checkpoint(folder, state_index=launched_process_index() % read_manifest(folder).num_states)
+
+
+def _place_to_resume(run: Run, *, strict: bool, may_rename: bool) -> str | None:
+    """The name of the newest whole checkpoint, None if there is no checkpoint; errors as `newest_state`."""
+    newest, place = newest_whole(run.folder.checkpoints), f"output_dir = {run.folder.path}"
+    if newest.damaged and strict:
+        raise UserError([f"{place}: damaged: {newest.explain()}; without --strict the run resumes from the one before"])
+    if newest.folder is None:
+        return None
+    manifest, data = read_manifest(newest.folder), run.about["data"]
     if not run.folder.is_run and manifest.fingerprint != run.about["fingerprint"]:
         raise UserError([f"{place}: has lost its config.yaml and holds another run's checkpoints"])
     if manifest.data != data:
         hashes = f"was trained on data of hash {manifest.data[:12]}, these have {data[:12]}"
         reason = "the sources have changed, or how text becomes tokens (before release 0.2 it was data.add_bos = false)"
         raise UserError([f"{place}: {hashes}; {reason}"])
-    raise_if_any(resume_problems(run.config, manifest.step, manifest.num_states, num_processes))
-    return open_checkpoint(newest, state_index=launched_process_index() % manifest.num_states)
+    raise_if_any(resume_problems(run.config, manifest.step, manifest.num_states, launched_num_processes()))
+    if may_rename:
+        put_damaged_aside(newest)
+    elif newest.damaged:
+        warn(f"{place}: damaged: {newest.explain()}; the run would resume from {newest.folder.name}")
+    return newest.folder.name

@@ -12,11 +12,11 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 import relora
-from relora.checkpoint.load import last_step, open_stage_start
+from relora.checkpoint.load import last_step
 from relora.checkpoint.run_folder import RunFolder, Status
-from relora.checkpoint.run_model import keep_files
 from relora.checkpoint.save import Checkpoints, write_stage_start
 from relora.checkpoint.state import State
+from relora.checkpoint.verify import open_stage_start
 from relora.config import Config
 from relora.config.derived import derived_numbers
 from relora.data import micro_batches
@@ -29,18 +29,19 @@ from relora.train.callbacks import Callbacks
 from relora.train.finish import finish, is_finished
 from relora.train.loop import Loop
 from relora.train.preflight import preflight
-from relora.train.run import Run, newest_state
+from relora.train.run import Run, newest_state, write_settings
 from relora.train.signals import StopRequest, stop_signals
 from relora.train.stages import Stage, build, stages, switch
 from relora.train.watch import Watch, watched
 
 
-def train(config: Config, *, dry_run: bool = False, extend: bool = False) -> None:
-    """Train, from the newest complete checkpoint of the run if it has one.
+def train(config: Config, *, dry_run: bool = False, extend: bool = False, strict: bool = False) -> None:
+    """Train, from the newest whole checkpoint of the run if it has one.
 
     Args:
         dry_run: stop after building the model and one forward pass; nothing is written to the run folder.
         extend: allow a larger max_steps than the run began with.
+        strict: refuse to resume where the newest checkpoint is damaged; without it the one before is used.
 
     Raises:
         UserError: a mistake in the configuration, the files, the data or the launch.
@@ -58,10 +59,10 @@ def train(config: Config, *, dry_run: bool = False, extend: bool = False) -> Non
             if is_first():
                 stack.enter_context(folder.locked())
             stack.enter_context(end_in_status(folder, request, may_write=True))
-        state = newest_state(run)
         engine = connect(config)
         engine.world.before_ending(partial(request.last_words, "failed"))
         try:
+            state = newest_state(run, engine.world, strict=strict, may_rename=not dry_run)
             check_agreement(run, engine, state)
             if is_first():
                 print(header(run, engine, state))
@@ -97,11 +98,7 @@ def train_stages(run: Run, engine: Engine, state: State, stop_request: StopReque
     """
     config, folder, writes = run.config, run.folder, engine.world.process_index == 0
     if writes:
-        folder.checkpoints.mkdir(parents=True, exist_ok=True)
-        numbers = derived_numbers(config, engine.world.num_processes)
-        settings = config.model_copy(update={"model": run.resolved_model})
-        folder.write_config(settings, identity=run.identity, numbers=numbers)
-        keep_files(folder, config, run.data)
+        write_settings(run, engine.world.num_processes)
         if not is_finished(run):
             folder.write_status("running", step=state.step)
     tracker = Tracker([])
@@ -112,6 +109,8 @@ def train_stages(run: Run, engine: Engine, state: State, stop_request: StopReque
             cycle=state.cycle,
             total_steps=run.schedule.max_steps,
             hparams=run.identity,
+            evaluated=state.evaluated,
+            metrics=state.metrics,
         )
         tracker = open_tracker(sinks, config.training.report_to)
     checkpoints = Checkpoints(

@@ -1,5 +1,6 @@
 """Saves in the background: training goes on, the bytes are the same, and a disk that fails costs no run."""
 
+import json
 import shutil
 import threading
 import time
@@ -15,14 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from relora.checkpoint.folder_writer import FolderWriter
-from relora.checkpoint.load import checkpoint_problems, complete_checkpoints, open_checkpoint
+from relora.checkpoint.load import complete_checkpoints, open_checkpoint
 from relora.checkpoint.run_folder import RunFolder
 from relora.checkpoint.save import MAX_FAILED_IN_A_ROW, Checkpoints
+from relora.checkpoint.verify import checkpoint_problems
 from relora.engines import TrainState
 from relora.errors import Failed
 from relora.files import sha256_of
 from relora.method.store import TorchStore
-from relora.train import train
+from relora.train.train import train
 from tests.helpers.full_disk import no_file_over
 from tests.helpers.tiny import config, metrics
 
@@ -131,9 +133,16 @@ def test_a_save_that_finds_no_room_says_what_it_needs_and_the_count_begins_anew_
     assert [path.name for path in slow.folder.iterdir()] == ["step-00000003"]
 
 
-def hashes(run: Path) -> dict[str, str]:
-    files = sorted((run / "checkpoints").rglob("*.*"))
-    return {str(path.relative_to(run)): sha256_of(path) for path in files if path.is_file()}
+def hashes(run: Path) -> dict[str, Any]:
+    """By file the hash; of a manifest all but what it says of the metrics, among which are timings."""
+    found: dict[str, Any] = {}
+    for path in (path for path in sorted((run / "checkpoints").rglob("*.*")) if path.is_file()):
+        name = str(path.relative_to(run))
+        found[name] = sha256_of(path)
+        if path.name == "MANIFEST.json":
+            found[name] = json.loads(path.read_text())
+            del found[name]["metrics"], found[name]["sha256"]
+    return found
 
 
 def test_a_run_that_saves_in_the_background_writes_the_same_bytes(corpus: Path, tmp_path: Path) -> None:

@@ -80,9 +80,9 @@ def test_a_manifest_of_the_first_version_is_refused_by_its_number(tmp_path: Path
         with pytest.raises(UserError) as error:
             read(checkpoint)
         assert error.value.problems == [f"{checkpoint}: {OLD}"]
-    (checkpoint / "MANIFEST.json").write_text('{"format": 3}')
+    (checkpoint / "MANIFEST.json").write_text('{"format": 4}')
     [problem] = format_problems(checkpoint.parent)
-    assert problem == f"{checkpoint}: checkpoint format 3, this version reads {FORMAT}"
+    assert problem == f"{checkpoint}: checkpoint format 4, this version reads {FORMAT}"
     (checkpoint / "MANIFEST.json").write_text("{")
     assert format_problems(checkpoint.parent) == [], "damage is another matter"
 

@@ -29,6 +29,7 @@ NOT_PART_OF_THE_RUN = {
     *("training.per_device_batch_size", "training.per_device_eval_batch_size", "training.mixed_precision"),
     *("training.num_processes", "training.eval_steps", "training.save_steps", "training.save_total_limit"),
     *("training.logging_steps", "training.probe_steps", "training.sync_each_batch", "training.async_save"),
+    *("training.max_hours", "training.timeout_minutes"),
     *("training.peak_tflops", "training.report_to", "training.engine"),
 }
 

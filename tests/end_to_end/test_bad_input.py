@@ -21,6 +21,7 @@ import relora.checkpoint.weights
 import relora.commands.load_model
 import relora.train.stages
 import relora.train.train
+from relora.checkpoint.format import sealed
 from relora.cli import main
 from relora.config.yaml12 import dump, parse
 
@@ -699,7 +700,6 @@ def test_data_changed_under_a_run(home: Path, fails: Fails) -> None:
 
 
 CHECKPOINT = Path("run/checkpoints/step-00000002")
-GO_ON = "; remove the folder to resume from the checkpoint before it"
 
 
 def _flip(path: Path) -> None:
@@ -716,50 +716,54 @@ def _change_manifest(**facts: Any) -> None:
 DAMAGE: dict[str, tuple[Callable[[], Any], str]] = {
     "truncated safetensors": (
         lambda: os.truncate(CHECKPOINT / "trained-00001.safetensors", 50),
-        f"checkpoint {CHECKPOINT}: trained-00001.safetensors is not what was written (size or hash differs){GO_ON}",
+        "trained-00001.safetensors is not what was written (size or hash differs)",
     ),
     "flipped byte": (
         lambda: _flip(CHECKPOINT / "moments-00001.safetensors"),
-        f"checkpoint {CHECKPOINT}: moments-00001.safetensors is not what was written (size or hash differs){GO_ON}",
+        "moments-00001.safetensors is not what was written (size or hash differs)",
     ),
     "missing file": (
         lambda: (CHECKPOINT / "base-00000-00001.safetensors").unlink(),
-        f"checkpoint {CHECKPOINT}: base-00000-00001.safetensors is missing{GO_ON}",
+        "base-00000-00001.safetensors is missing",
     ),
     "garbage in MANIFEST.json": (
         lambda: (CHECKPOINT / "MANIFEST.json").write_text('{"format'),
-        f"checkpoint {CHECKPOINT}: MANIFEST.json is damaged (<...>){GO_ON}",
+        "MANIFEST.json is damaged (<...>)",
     ),
     "bytes in MANIFEST.json": (
         lambda: (CHECKPOINT / "MANIFEST.json").write_bytes(b"\xff\x00"),
-        f"checkpoint {CHECKPOINT}: MANIFEST.json is damaged (<...>){GO_ON}",
+        "MANIFEST.json is damaged (<...>)",
     ),
     "keys missing in MANIFEST.json": (
         lambda: (CHECKPOINT / "MANIFEST.json").write_text('{"format": 2}'),
-        f"checkpoint {CHECKPOINT}: MANIFEST.json is damaged (files: Field required){GO_ON}",
+        "MANIFEST.json is damaged (files: Field required)",
     ),
-    "unknown format": (
-        lambda: _change_manifest(format=7),
-        f"<...>{CHECKPOINT}: checkpoint format 7, this version reads 2",
+    "another value in MANIFEST.json": (
+        lambda: _change_manifest(step=6),
+        "MANIFEST.json is damaged (its hash differs)",
     ),
+}
+OTHER_FORMATS: dict[str, tuple[dict[str, Any], str]] = {
+    "unknown format": ({"format": 7}, "checkpoint format 7, this version reads 3"),
     "format of the first version": (
-        lambda: _change_manifest(format=1, stage="relora", samples_seen=8),
-        f"{CHECKPOINT}: checkpoint format 1, written by relora 0.1; finish or export the run with relora 0.1, or start "
-        "anew from its final model with model.name_or_path",
+        {"format": 1, "stage": "relora", "samples_seen": 8},
+        "checkpoint format 1, written by relora 0.1; finish or export the run with relora 0.1, or start anew from its "
+        "final model with model.name_or_path",
     ),
-    "config.yaml of the run": (
-        lambda: Path("run/config.yaml").write_text("a: [b"),
-        "run/config.yaml: <...>while parsing a flow sequence<...>",
-    ),
+}
+READERS = {
+    "eval": ["eval", "run"],
+    "export": ["export", "run", "--output", "exported"],
+    "generate": ["generate", "run", "--prompt", "the"],
 }
 
 
 def test_damaged_metrics(capsys: pytest.CaptureFixture[str]) -> None:
     metrics = Path("run/metrics.jsonl")
     metrics.write_text('{"step": 1}\n{\n')
-    assert main(["train", "c.yaml", "output_dir=run", "training.max_steps=3", "--extend"]) == 2
-    assert "run/metrics.jsonl: line 2 is damaged: {; remove the line or the file" in capsys.readouterr().err
-    assert metrics.read_text() == '{"step": 1}\n{\n'
+    assert main(["train", "c.yaml", "output_dir=run"]) == 0
+    assert "run/metrics.jsonl is not what was written" in capsys.readouterr().err
+    assert Path("run/metrics.damaged.jsonl").read_text() == "{\n"
 
 
 def test_damaged_results_are_written_again(home: Path) -> None:
@@ -769,21 +773,32 @@ def test_damaged_results_are_written_again(home: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["train", "c.yaml", "output_dir=run"],
-        ["eval", "run"],
-        ["export", "run", "--output", "exported"],
-        ["generate", "run", "--prompt", "the"],
-    ],
-    ids=lambda command: command[0],
-)
-def test_unreadable_checkpoint(name: str, command: list[str], home: Path, fails: Fails) -> None:
-    damage, line = DAMAGE[name]
+@pytest.mark.parametrize("command", ["train", *READERS])
+def test_a_damaged_checkpoint(name: str, command: str, home: Path, fails: Fails) -> None:
+    damage, reason = DAMAGE[name]
     damage()
-    fails(command, [line])
+    if command == "train":
+        line = f"output_dir = run: damaged: {CHECKPOINT.name}: {reason}; without --strict the run resumes from the one "
+        fails(["train", "c.yaml", "output_dir=run", "--strict"], [f"{line}before"])
+    else:
+        fails(READERS[command], [f"checkpoint {CHECKPOINT}: {reason}"])
     assert not (home / "exported").exists()
+
+
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+@pytest.mark.parametrize("command", ["train", *READERS])
+def test_a_checkpoint_of_another_format(name: str, command: str, fails: Fails) -> None:
+    facts, line = OTHER_FORMATS[name]
+    path = CHECKPOINT / "MANIFEST.json"
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | facts)))
+    arguments = ["train", "c.yaml", "output_dir=run"] if command == "train" else READERS[command]
+    fails(arguments, [f"{CHECKPOINT}: {line}"])
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_a_damaged_configuration_of_a_run(command: str, fails: Fails) -> None:
+    Path("run/config.yaml").write_text("a: [b")
+    fails(READERS[command], ["run/config.yaml: <...>while parsing a flow sequence<...>"])
 
 
 # --- eval, export, generate

@@ -10,7 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from relora.config import UserError, check
+from relora.config import check
 from relora.tracking.metrics_file import read_metrics
 from relora.tracking.tracker import SINKS, Sink, SinkContext, Tracker, open_tracker, sink_problems
 from relora.train.train import train
@@ -139,13 +139,16 @@ def test_a_resumed_run_cuts_off_what_it_reports_again(tmp_path: Path) -> None:
     ]
 
 
-def test_a_cut_off_last_line_is_left_out_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+def test_a_cut_off_last_line_is_left_out_and_a_damaged_one_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"ste')
     assert read_metrics(path) == [{"step": 1}]
+    assert capsys.readouterr().err == ""
     path.write_text('{"step": 1}\n{"ste\n')
-    with pytest.raises(UserError, match="line 2 is damaged"):
-        read_metrics(path)
+    assert read_metrics(path) == [{"step": 1}]
+    assert "1 damaged lines are left out" in capsys.readouterr().err
 
 
 def test_names_that_are_no_sink() -> None:

@@ -21,9 +21,10 @@ from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from benchmarks.forks import forked
-from relora.checkpoint.load import checkpoint_problems, complete_checkpoints
+from relora.checkpoint.load import complete_checkpoints
 from relora.checkpoint.run_folder import RunFolder
 from relora.checkpoint.save import Checkpoints
+from relora.checkpoint.verify import checkpoint_problems
 from relora.cli import main
 from relora.config import check
 from relora.errors import Stopped
