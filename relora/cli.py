@@ -18,6 +18,7 @@ from typing import Any
 
 import relora
 from relora.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Failed, Stopped, UserError, disk_failure
+from relora.files import expand_path
 from relora.train.signals import stop_signals
 
 
@@ -81,14 +82,17 @@ def errors_for_launcher() -> Iterator[None]:
 
 def run_command(options: argparse.Namespace) -> None:
     """Call the function of the command with the options as its arguments, the config loaded before torch is."""
-    from relora.config import load_config
+    from relora.config import Config, load_config
 
     arguments = vars(options)
     function = arguments.pop("function")
     if isinstance(arguments.get("config"), str):
         arguments["config"] = load_config(arguments["config"], arguments.pop("overrides", ()))
+    config = arguments.get("config")
+    timeout_s = config.hub_timeout_s if isinstance(config, Config) else Config.model_fields["hub_timeout_s"].default
     module, _, name = function.partition(":")
-    getattr(importlib.import_module(module), name)(**arguments)
+    with importlib.import_module("relora.hub").bounded(timeout_s):
+        getattr(importlib.import_module(module), name)(**arguments)
 
 
 def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -129,6 +133,14 @@ def _examples(lines: Sequence[str]) -> str:
     return "\n".join(["examples:", *(f"  relora {line}" for line in lines)])
 
 
+def _path(text: str) -> str:
+    """A path with ~ and $VARIABLES expanded, which a shell does not do everywhere: not in --output=~/x."""
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
 class Argument:
     """The arguments of one call of `ArgumentParser.add_argument`."""
 
@@ -158,6 +170,7 @@ CONFIG = (
 )
 RUN_OR_MODEL = Argument(
     "run_or_model",
+    type=_path,
     metavar="RUN_OR_MODEL",
     help="a run folder (its newest checkpoint), a folder with a model, or a hub id, such as runs/quickstart or gpt2",
 )
@@ -219,6 +232,7 @@ COMMANDS = {
             ),
             Argument(
                 "--json",
+                type=_path,
                 dest="json_path",
                 metavar="FILE",
                 help="also write the numbers to this file, such as plan.json",
@@ -239,8 +253,8 @@ COMMANDS = {
         help="write the model of a run as a plain Hugging Face folder, with all updates merged",
         examples=["export runs/quickstart --output exported", "export runs/quickstart --output half --dtype bfloat16"],
         arguments=(
-            Argument("run", metavar="RUN", help="the run folder, such as runs/quickstart"),
-            Argument("--output", required=True, help="the folder to write; it must not exist, such as exported"),
+            Argument("run", type=_path, metavar="RUN", help="the run folder, such as runs/quickstart"),
+            Argument("--output", type=_path, required=True, help="the folder to write, a new one, such as exported"),
             Argument(
                 "--dtype",
                 choices=("float32", "bfloat16", "float16"),
@@ -255,8 +269,12 @@ COMMANDS = {
         help="plot the metrics of one or several runs on one HTML page",
         examples=["report runs/quickstart", "report runs/low_rank runs/full_rank --output comparison"],
         arguments=(
-            Argument("runs", metavar="RUN", nargs="+", help="run folders, such as runs/low_rank runs/full_rank"),
-            Argument("--output", help="the folder to write, such as comparison (default: report/ in the first run)"),
+            Argument("runs", type=_path, metavar="RUN", nargs="+", help="run folders, such as runs/low_rank"),
+            Argument(
+                "--output",
+                type=_path,
+                help="the folder to write, such as comparison (default: the first run's report/)",
+            ),
         ),
     ),
     "status": Command(
@@ -264,7 +282,7 @@ COMMANDS = {
         help="tell how far a run is, whether it lives and where, and when it will end",
         examples=["status runs/quickstart", "status runs/quickstart --json"],
         arguments=(
-            Argument("run", metavar="RUN", help="the run folder, such as runs/quickstart"),
+            Argument("run", type=_path, metavar="RUN", help="the run folder, such as runs/quickstart"),
             Argument("--json", dest="as_json", action="store_true", help="print one JSON object instead of lines"),
         ),
     ),
@@ -285,6 +303,11 @@ COMMANDS = {
                 help="randomness of the sampling, such as 0.8; 0 takes the likeliest token (default: %(default)s)",
             ),
             Argument("--seed", type=int, default=0, help="seed of the sampling, such as 1 (default: %(default)s)"),
+            Argument(
+                "--trust-remote-code",
+                action="store_true",
+                help="run code that comes with a model of no run; read it first, such as that of gpt2",
+            ),
         ),
     ),
 }

@@ -1,10 +1,12 @@
-"""Write files and folders atomically, whenever the process is killed; small questions about paths."""
+"""Write files and folders atomically, whenever the process is killed; read JSON with care; questions about paths."""
 
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
+import tempfile
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -14,6 +16,15 @@ from relora.errors import disk_errors_name
 
 DAMAGED = ".damaged"
 DRAFTS = ".*.draft"
+MAX_DEPTH, MAX_VALUES, MAX_BITS = 60, 100_000, 128  # of data that are read: beyond, something is wrong with them
+MAX_NAME, MAX_PATH = 255, 4095  # bytes, of Linux
+FILE_SUFFIXES = frozenset(
+    [
+        *(".json", ".jsonl", ".ndjson", ".yaml", ".yml", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf"),
+        *(".txt", ".text", ".csv", ".tsv", ".parquet", ".arrow", ".py", ".md"),
+        *(".gz", ".zst", ".xz", ".bz2", ".zip", ".tar"),
+    ]
+)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -134,6 +145,80 @@ def sha256_of_json(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
 
 
+def plain_json_of(content: bytes) -> Any:
+    """The JSON value of a file of somebody else.
+
+    Raises:
+        ValueError: as `json_of`, or `plain_problem` has something against it.
+    """
+    value = json_of(content)
+    problem = plain_problem(value)
+    if problem is not None:
+        raise ValueError(problem)
+    return value
+
+
+def plain_problem(value: Any) -> str | None:
+    """Why `value`, read from a file, could not be handled like any other; None for plain data of bounded size.
+
+    Plain data are mappings with string keys, lists, Unicode text, numbers, booleans and null: what JSON can hold. A
+    value that is shared counts as often as it can be reached, as every reader of the tree would meet it.
+    """
+    level, num_values = [value], 1
+    for _ in range(MAX_DEPTH):
+        keys = [key for item in level if isinstance(item, dict) for key in item]
+        for item in (*level, *keys):
+            if isinstance(item, str) and not _is_unicode(item):
+                return f"{ascii(item)[:80]} is not Unicode text"
+            if isinstance(item, int) and item.bit_length() > MAX_BITS:
+                return f"an integer of {item.bit_length()} bits; {MAX_BITS} are the most"
+            if not isinstance(item, dict | list | str | int | float | None):
+                return f"a value of type {type(item).__name__}, which JSON cannot hold"
+        inner = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        level = [child for children in inner for child in children]
+        num_values += len(level)
+        if not level:
+            return None
+        if num_values > MAX_VALUES:
+            return f"more than {MAX_VALUES:,} values, aliases included"
+    return f"nested deeper than {MAX_DEPTH} levels"
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether `text` can be written to a file: no half of a surrogate pair, and no null character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
+def expand_path(text: str) -> str:
+    """`text` with a leading ~ and $VARIABLES replaced; what exists under the very name is left as it is.
+
+    Raises:
+        ValueError: a variable is not set, ~ is of nobody, or no file system could hold the name.
+    """
+    if not _is_unicode(text):
+        raise ValueError(f"{ascii(text)[:80]} is not Unicode text")
+    path = text
+    if not (_is_too_long(text) or os.path.lexists(text)):
+        unset = [name for name in re.findall(r"\$\{?(\w+)", text) if name not in os.environ]
+        if unset:
+            raise ValueError(f"the environment variable {unset[0]} is not set")
+        path = os.path.expanduser(os.path.expandvars(text))  # noqa: PTH111  # Path would drop a leading ./
+        if path.startswith("~"):
+            raise ValueError(f"{path.split('/')[0]} is nobody's home folder")
+    if _is_too_long(path):
+        raise ValueError(f"too long for a path: at most {MAX_NAME} bytes a name and {MAX_PATH} in all")
+    return path
+
+
+def _is_too_long(path: str) -> bool:
+    names = [len(name.encode()) for name in path.split("/")]
+    return max(names) > MAX_NAME or sum(names) + len(names) > MAX_PATH
+
+
 def folder_problems(setting: str, path: str) -> list[str]:
     """Why no folder can be created at `path`: a file is in the way.
 
@@ -155,6 +240,48 @@ def mount_point(path: Path) -> Path:
     return next(place for place in (path, *path.parents) if place.exists() and place.is_mount())
 
 
+def write_problems(setting: str, path: str) -> list[str]:
+    """Why no file can be written to the folder `path`, tried in it or in the nearest folder that exists.
+
+    Args:
+        setting: the path as the user gave it, such as `output_dir = runs/x`.
+    """
+    problems = folder_problems(setting, path)
+    if problems:
+        return problems
+    nearest = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
+    try:
+        # The system alone knows: permissions, a file system that is read-only or full, limits of the user.
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=".relora-") as folder:
+            (Path(folder) / "test").write_bytes(b"test")
+    except OSError as error:
+        return [f"{setting}: {nearest} cannot be written to ({error.strerror or error})"]
+    return []
+
+
 def looks_like_a_path(name: str) -> bool:
-    """Whether `name` cannot be a hub id. Asking the hub for it would only cost time, much of it without a network."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+    """Whether `name` means a file or folder here, so that the hub is not asked for it.
+
+    A hub id is `name` or `owner/name` of letters, digits and `-_.`. A name that could be either is a path if it
+    exists, if its first folder does, or if it ends like a file.
+    """
+    first, _, rest = name.partition("/")
+    could_be_an_id = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name, re.ASCII) is not None
+    return (
+        not could_be_an_id
+        or Path(name).suffix.lower() in FILE_SUFFIXES
+        or os.path.lexists(name)
+        or (rest != "" and Path(first).is_dir())
+    )
+
+
+def missing_folder(name: str) -> str | None:
+    """Why `name` is no folder here though it looks like a path; None if it is one, or may be a hub id."""
+    if Path(name).is_dir() or not looks_like_a_path(name):
+        return None
+    first, _, rest = name.partition("/")
+    if os.path.lexists(name):
+        return "is not a folder"
+    if rest and first not in ("", ".", "..") and Path(first).is_dir():
+        return f"there is no such folder (the hub is not asked for it, because there is a folder {first} here)"
+    return "there is no such folder"

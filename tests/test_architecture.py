@@ -24,6 +24,7 @@ ORDER = (
     "model",
     "data",
     "config",
+    "hub",
     "files",
     "errors",
     "text",

@@ -17,10 +17,9 @@ import relora
 from relora.checkpoint.format import FORMAT, format_problem
 from relora.checkpoint.load import complete_checkpoints, format_problems, last_step, read_manifest
 from relora.config import Config, UserError, load_config
-from relora.config.derived import fingerprint
+from relora.config.derived import expanded, fingerprint
 from relora.config.derived import identity as identity_of
-from relora.config.load import format_value
-from relora.config.yaml12 import dump, parse
+from relora.config.yaml12 import dump, format_value, parse
 from relora.engines import is_first
 from relora.errors import warn
 from relora.files import json_of, sha256_of, write_json, write_text
@@ -117,11 +116,10 @@ def run_folder_problems(folder: RunFolder, identity: Mapping[str, Any] | None, *
         old_format = [format_problem(folder.path, 1)]  # relora 0.1 wrote no number here
     if old_format or identity is None:
         return old_format
-    identity_there = derived["identity"]
-    if derived.get("fingerprint") != fingerprint(identity_there):
+    if derived.get("fingerprint") != fingerprint(derived["identity"]):
         problem = UserError([f"{folder.config}: is damaged (derived.identity has another fingerprint)"])
         return _lost_config(folder, identity, problem)
-    there, here = _flat(identity_there), _flat(json.loads(json.dumps(dict(identity))))
+    there, here = _flat(derived["expanded"]), _flat(json.loads(json.dumps(dict(identity))))
     problems = []
     for key in sorted(there.keys() | here.keys()):
         old, new = there.get(key), here.get(key)
@@ -152,7 +150,7 @@ def read_run_config(folder: RunFolder) -> Config:
             what was written.
     """
     config, derived = load_config(folder.config), _derived(folder)
-    there = derived["identity"]
+    there = derived["expanded"]
     here = json.loads(json.dumps(identity_of(config, there.get("model.config", {}))))
     if isinstance(config.model.config, dict):
         here["model.config"] = config.model.config
@@ -172,10 +170,11 @@ def read_run_config(folder: RunFolder) -> Config:
 
 
 def _derived(folder: RunFolder) -> dict[str, Any]:
-    """The section `derived` of config.yaml, with a mapping `identity` in it; UserError if it cannot be read."""
+    """The section `derived` of config.yaml, with `identity` also `expanded`; UserError if it cannot be read."""
     try:
         derived = parse(folder.config.read_text(encoding="utf-8"))["derived"]
-        return dict(derived) | {"identity": dict(derived["identity"])}
+        identity = dict(derived["identity"])
+        return dict(derived) | {"identity": identity, "expanded": expanded(identity)}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         told = str(error) or type(error).__name__
         raise UserError([f"{folder.config}: is not a run's configuration ({told})"]) from None
@@ -190,6 +189,14 @@ def _lost_config(folder: RunFolder, identity: Mapping[str, Any], error: UserErro
                     warn(f"{error}; {checkpoint.name} is of this very run, so the file is written again")
                 return []
     return error.problems
+
+
+def saved_identity(folder: RunFolder) -> dict[str, Any] | None:
+    """The identity of the run in the folder, as its config.yaml has it; None without one that can be read."""
+    try:
+        return dict(_derived(folder)["identity"])
+    except UserError:
+        return None
 
 
 def _flat(identity: dict[str, Any], prefix: str = "") -> dict[str, Any]:

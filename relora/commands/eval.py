@@ -61,7 +61,7 @@ def held_out(run_or_model: str, config: Config | None = None) -> HeldOut:
     if settings is None:
         raise UserError([f"{run_or_model}: belongs to no run; --config CONFIG.yaml says what to evaluate on"])
     task = task_of(settings)
-    model, tokenizer = load(run_or_model, task)
+    model, tokenizer = load(run_or_model, task, trust_remote_code=settings.model.trust_remote_code)
     # A model is evaluated on its own tokens, unless a config names others.
     named = {} if config is None or tokenizer_of(config)["tokenizer"] is None else tokenizer_of(config)
     own = {"tokenizer": tokenizer.name_or_path, "trust_remote_code": settings.model.trust_remote_code}

@@ -7,7 +7,9 @@ from relora.config import UserError, raise_if_any
 from relora.model.generate import sample_text
 
 
-def generate(run_or_model: str, prompt: str, *, max_new_tokens: int, temperature: float, seed: int) -> None:
+def generate(
+    run_or_model: str, prompt: str, *, max_new_tokens: int, temperature: float, seed: int, trust_remote_code: bool
+) -> None:
     """Print `prompt` and the model's continuation.
 
     Raises:
@@ -19,7 +21,7 @@ def generate(run_or_model: str, prompt: str, *, max_new_tokens: int, temperature
     if not 0 <= temperature < math.inf:
         problems.append(f"--temperature {temperature}: must be >= 0, and finite")
     raise_if_any(problems)
-    model, tokenizer = load(run_or_model)
+    model, tokenizer = load(run_or_model, trust_remote_code=trust_remote_code)
     if not model.can_generate():
         raise UserError([f"{run_or_model}: {type(model).__name__} is no model that continues a text"])
     text = sample_text(

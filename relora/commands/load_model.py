@@ -10,19 +10,22 @@ from relora.checkpoint.run_folder import RunFolder, read_run_config
 from relora.checkpoint.run_model import RunModel, load_run_model
 from relora.checkpoint.verify import checkpoint_problems
 from relora.config import Config, UserError, raise_if_any
-from relora.files import looks_like_a_path
-from relora.model.model import first_lines, without_cache
+from relora.files import missing_folder
+from relora.model.model import reason_of, without_cache
 from relora.model.pretrained import folder_problems, weight_problems
 from relora.model.tasks import CausalLM, Task, task_of
 
 
-def load(run_or_model: str, task: Task | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load(
+    run_or_model: str, task: Task | None = None, *, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model (plain, float32, on the GPU if there is one) and its tokenizer.
 
     A run gives its newest checkpoint, every update merged.
 
     Args:
         task: what a model of no run is for (default: causal language modelling); a run's config names its own.
+        trust_remote_code: run code that comes with a model of no run; a run's config says it for its own.
 
     Raises:
         UserError: nothing there, no complete checkpoint, or not a model.
@@ -32,7 +35,9 @@ def load(run_or_model: str, task: Task | None = None) -> tuple[PreTrainedModel, 
         loaded = load_run(folder, find_checkpoint(folder, None), read_run_config(folder))
         model, tokenizer = loaded.model, loaded.tokenizer
     else:
-        model, tokenizer = _load_plain(run_or_model, task or CausalLM())
+        run = run_of(run_or_model)  # code that the run was told to run comes with the model in its folder
+        trusted = trust_remote_code or (run is not None and run.model.trust_remote_code)
+        model, tokenizer = _load_plain(run_or_model, task or CausalLM(), trust_remote_code=trusted)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
@@ -62,21 +67,21 @@ def run_of(run_or_model: str) -> Config | None:
     return read_run_config(run) if run is not None else None
 
 
-def _load_plain(name: str, task: Task) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _load_plain(name: str, task: Task, *, trust_remote_code: bool) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a Hugging Face model by folder or hub id; UserError with the reason of transformers."""
-    path = Path(name)
-    if not path.is_dir() and (path.exists() or looks_like_a_path(name)):
-        raise UserError([f"{name}: there is no such folder"])
+    missing, path = missing_folder(name), Path(name)
+    if missing is not None:
+        raise UserError([f"{name}: {missing}"])
     if path.is_dir():
         raise_if_any(folder_problems(name, path) or weight_problems(name, path))
-    run = run_of(name)
-    # The code of a model is run if the run that made the model was allowed to; nobody is asked for it.
-    trust = run is not None and run.model.trust_remote_code
     try:
-        model = task.auto_class.from_pretrained(name, dtype=torch.float32, trust_remote_code=trust)
-        # A hub id here is one that the user has just typed, and no code comes with it.
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)  # nosec B615  # see above
+        model = task.auto_class.from_pretrained(name, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        # A hub id here is one that the user has just typed, with or without leave for its code.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)  # nosec B615  # see above
         return without_cache(model), tokenizer
     except Exception as error:  # whatever a model's own code may raise
-        reason = first_lines(error) if Path(name).exists() else f"there is no such folder; {first_lines(error)}"
+        remedy = "generate --trust-remote-code, or model.trust_remote_code = true in the --config of eval"
+        reason = reason_of(error, remedy=remedy)
+        if not Path(name).exists():
+            reason = f"there is no such folder; {reason}"
         raise UserError([f"{name}: neither a run folder nor a model that transformers can load ({reason})"]) from None

@@ -2,15 +2,16 @@
 
 import difflib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from relora.config.yaml12 import inline, parse
+from relora.config.yaml12 import format_value, parse
 from relora.errors import UserError
-from relora.files import looks_like_a_path
+from relora.files import expand_path
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -43,10 +44,14 @@ def find_config(name: str | Path, folder: Path = Path()) -> Path:
     Returns:
         `folder / name` if there is such a file or no shipped configuration has this name.
     """
-    path = folder / Path(name).expanduser()
-    if path.is_file() or looks_like_a_path(str(name)):
+    try:
+        text = expand_path(str(name))
+    except ValueError as error:
+        raise UserError([f"{format_value(name)}: {error}"]) from None
+    path = folder / text
+    if path.is_file() or text.startswith((".", "/")) or text.count("/") > 1:
         return path
-    candidates = (shipped / file for shipped in shipped_folders() for file in (name, f"{name}.yaml"))
+    candidates = (shipped / file for shipped in shipped_folders() for file in (text, f"{text}.yaml"))
     return next((candidate for candidate in candidates if candidate.is_file()), path)
 
 
@@ -75,7 +80,9 @@ def read_files(path: Path) -> list[ConfigFile]:
         base = mapping.pop("extends", None)
         files.append(ConfigFile(next_path, mapping))
         if base is not None and not (isinstance(base, str) and base):
-            raise UserError([f"{next_path}: extends = {inline(base)}: must be a path or the name of a configuration"])
+            raise UserError(
+                [f"{next_path}: extends = {format_value(base)}: must be a path or the name of a configuration"]
+            )
         next_path = None if base is None else find_config(base, next_path.parent)
     return files
 
@@ -103,12 +110,13 @@ def _read(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise UserError([f"{path}: not valid YAML ({' '.join(str(error).split())})"]) from None
     if not isinstance(mapping, dict):
-        raise UserError([f"{path}: must be a mapping of sections, not {inline(mapping)[:200]}"])
+        raise UserError([f"{path}: must be a mapping of sections, not {format_value(mapping)}"])
     mapping.pop("derived", None)  # of a run's own config.yaml: it is derived anew
     section = mapping.get("model")
     if isinstance(section, dict) and isinstance(section.get("config"), str):
         # Relative to here, to its own file, or to the shipped ones.
         shipped_places = [place for configs in shipped_folders() for place in (configs, configs.parent)]
         places = [place / section["config"] for place in (Path(), path.parent, *shipped_places)]
-        section["config"] = next((str(place) for place in places if place.is_file()), section["config"])
+        with suppress(OSError):  # of a name that no file can have, which the check of the key tells
+            section["config"] = next((str(place) for place in places if place.is_file()), section["config"])
     return mapping

@@ -4,7 +4,7 @@ from typing import Any
 
 from relora.config.reference import fields, in_identity
 from relora.config.schema import Config, SourceSection
-from relora.files import sha256_of_json
+from relora.files import expand_path, sha256_of_json
 from relora.method.lora import LoRAConfig
 from relora.method.schedule import Schedule
 
@@ -119,6 +119,17 @@ def identity(config: Config, model_config: dict[str, Any]) -> dict[str, Any]:
         for source in config.data.sources
     ]
     return settings | {"model.config": model_config, "data.sources": sources}
+
+
+def expanded(identity: dict[str, Any]) -> dict[str, Any]:
+    """`identity`, of a run that was begun before ~ and variables in paths were expanded, with its paths expanded.
+
+    Raises:
+        ValueError: as `expand_path`.
+    """
+    paths = {key: expand_path(identity[key]) for key in ("model.name_or_path", "data.tokenizer") if identity.get(key)}
+    sources = [source | {"path": expand_path(source["path"])} for source in identity["data.sources"]]
+    return identity | paths | {"data.sources": sources}
 
 
 def fingerprint(identity: dict[str, Any]) -> str:

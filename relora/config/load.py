@@ -1,7 +1,5 @@
 """Defaults <- YAML files <- `section.key=value`, checked as a whole: every problem is reported at once."""
 
-import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +9,12 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from relora.config.config_file import ConfigFile, find_config, merge, read_files
+from relora.config.names import meant_by, pattern_of
 from relora.config.reference import fields, rule
 from relora.config.rules import broken_rules, secret_problems
 from relora.config.schema import Config
-from relora.config.yaml12 import inline, parse
+from relora.config.yaml12 import format_value, parse
 from relora.errors import raise_if_any
-
-_MAX_CHARACTERS = 200
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -59,15 +56,6 @@ def check(mapping: dict[str, Any], problems: Sequence[str] = (), *, files: Seque
     return config
 
 
-def format_value(value: Any) -> str:
-    """`value` as in a YAML file, on one line of bounded length."""
-    text = inline(value)
-    return text if len(text) <= _MAX_CHARACTERS else f"{text[:_MAX_CHARACTERS]}..."
-
-
-shown = format_value  # the former name
-
-
 def _apply(override: str, mapping: dict[str, Any]) -> list[str]:
     """Set one `section.key=value` in `mapping`; returns the mistakes in its form."""
     key, equals, text = override.partition("=")
@@ -91,19 +79,27 @@ def _explain(errors: Iterable[ErrorDetails], mapping: Mapping[str, Any], files: 
     """Pydantic's errors about `mapping` in the words of the reference: dotted key -> line."""
     rules = {name: rule(field) for name, field in fields()}
     lines: dict[str, str] = {}
-    for error in errors:
+    texts: dict[str, str] = {}  # of values: a list with many wrong entries is one value
+    # Last, and so in place of other lines of their key: what only a value of the right type can get wrong.
+    for error in sorted(errors, key=lambda error: error["type"] == "value_error"):
         key, value = _place(error["loc"], mapping, rules)
+        if key not in texts:
+            texts[key] = format_value(value)
         if error["type"] == "missing":
             missing = f"{key}.{error['loc'][-1]}".lstrip(".")
             lines[missing] = f"{missing}: required"
         elif error["type"] == "extra_forbidden":
             source = next((file.path for file in files if file.has(error["loc"])), None) if len(files) > 1 else None
             where = f" in {source}" if source else ""
-            lines[key] = f"{key} = {format_value(value)}: unknown key{where}; {_nearest(key, rules)}"
+            lines[key] = f"{key} = {texts[key]}: unknown key{where}; {meant_by(key, rules)}"
+        elif error["type"] == "value_error":
+            lines[key] = f"{key} = {texts[key]}: {error['ctx']['error']}"
         else:
-            allowed = rules.get(_pattern(key), "a section (a mapping of keys)")
-            finite = ", and finite" if error["type"] == "finite_number" else ""
-            lines[key] = f"{key} = {format_value(value)}: must be {allowed}{finite}"
+            allowed = rules.get(pattern_of(key), "a section (a mapping of keys)")
+            hint = ", and finite" if error["type"] == "finite_number" else ""
+            if isinstance(value, str) and "," in value and "list of" in allowed:
+                hint = f"; a list is written [{', '.join(part.strip() for part in value.split(','))}]"
+            lines[key] = f"{key} = {texts[key]}: must be {allowed}{hint}"
     # A list with wrong entries is also reported as too short; the lines of the entries say more.
     return {key: line for key, line in lines.items() if not any(other.startswith(f"{key}[") for other in lines)}
 
@@ -112,7 +108,7 @@ def _place(location: Sequence[int | str], mapping: Any, rules: Iterable[str]) ->
     """The dotted name and the value of the key that pydantic points into."""
     key, value = "", mapping
     for part in location:
-        pattern = _pattern(key)
+        pattern = pattern_of(key)
         if pattern in rules and not any(name.startswith(f"{pattern}[]") for name in rules):
             break  # a plain value: the rest of the location is inside its type
         if isinstance(value, dict) and part in value:
@@ -120,27 +116,6 @@ def _place(location: Sequence[int | str], mapping: Any, rules: Iterable[str]) ->
         elif isinstance(value, list) and isinstance(part, int):
             key, value = f"{key}[{part}]", value[part]
     return key, value
-
-
-def _pattern(key: str) -> str:
-    """`data.sources[3].path` -> `data.sources[].path`."""
-    return re.sub(r"\[\d+\]", "[]", key)
-
-
-def _nearest(key: str, rules: Iterable[str]) -> str:
-    """The key that was probably meant: this very name elsewhere, or the most similar one of the section, or of all."""
-    section, _, name = _pattern(key).rpartition(".")
-    known = [*dict.fromkeys(rule.split(".")[0] for rule in rules), *rules]
-    anywhere = {other.rpartition(".")[2]: other for other in reversed(known)}
-    siblings = {other.rpartition(".")[2]: other for other in known if other.rpartition(".")[0] == section}
-    # Short names are left out: anything is similar to `r`.
-    long = {other: full for other, full in anywhere.items() if len(other) > 2 and full in rules}
-    in_section = siblings if section else {}
-    for names, cutoff in ((anywhere, 1.0), (siblings, 0.6), (long, 0.6), (in_section, 0.2)):
-        hits = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
-        if hits:
-            return f"the nearest is {names[hits[0]]}"
-    return f"known here are {', '.join(siblings)}"
 
 
 def _with_defaults(mapping: dict[str, Any], wrong: Iterable[Sequence[int | str]]) -> Config:

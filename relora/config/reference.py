@@ -17,6 +17,8 @@ Generated from `relora/config/schema.py` by `python -m relora.config`; a test ke
 
 - A file may begin with `extends: other.yaml`: a path relative to the file, or the name of a shipped configuration. Its
   sections are merged key by key, lists are replaced.
+- `~` and `$VARIABLES` in paths (output_dir, model.config, model.name_or_path, data.sources[].path, data.tokenizer,
+  data.prepared_dir) are expanded when a file is loaded; a variable that is not set is an error.
 - Where a rule ends with *module:attribute*, the import path of your own object is accepted as well.
 - Keys marked * change how a run is computed, not its result: they may differ when a run is resumed.
 """

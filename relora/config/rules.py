@@ -134,13 +134,18 @@ def trainable_of_method_full(config: Config) -> str | None:
 def target_pattern(config: Config) -> str | None:
     """A string is `all-linear` or a regex of module names; a list holds suffixes."""
     targets = config.lora.target_modules
-    return _regex("lora.target_modules", targets) if isinstance(targets, str) else None
+    if not isinstance(targets, str):
+        return None
+    if re.fullmatch(r"[\w.]+(\s*,\s*[\w.]+)+", targets):  # a regex by its form alone: no name has a comma
+        as_list = ", ".join(part.strip() for part in targets.split(","))
+        return f"lora.target_modules = {targets}: is one regex of whole names; a list is written [{as_list}]"
+    return _regex("lora.target_modules", targets)
 
 
 def _regex(key: str, pattern: str) -> str | None:
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         return f"{key} = {pattern}: not a regular expression ({error})"
     return None
 

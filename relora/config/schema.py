@@ -6,15 +6,18 @@ Names follow Hugging Face (transformers, PEFT, datasets) where it has one. Rules
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
+from relora.files import expand_path
 from relora.method.choices import BaseDtype, Bias, Forward, OptimizerName, ReinitName, ResetName
 from relora.method.registry import CUSTOM
 
 Count = Annotated[int, Field(ge=1)]
 CountFromZero = Annotated[int, Field(ge=0)]
 Name = Annotated[str, Field(min_length=1)]
+# A path, or the name of something elsewhere that may be a path: ~ and $VARIABLES are expanded.
+PathName = Annotated[str, Field(min_length=1), AfterValidator(expand_path)]
 NotNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 # The name of a user's own object, `module:attribute`, accepted beside the names of a registry.
@@ -31,10 +34,10 @@ class Section(BaseModel):
 
 
 class ModelSection(Section):
-    config: Name | dict[str, Any] | None = Field(
+    config: PathName | dict[str, Any] | None = Field(
         None, description="from scratch: a Hugging Face config, as a JSON file or an inline mapping"
     )
-    name_or_path: Name | None = Field(None, description="continual training: a hub id or a folder")
+    name_or_path: PathName | None = Field(None, description="continual training: a hub id or a folder")
     revision: Name | None = Field(None, description="branch, tag or commit of name_or_path on the hub")
     trust_remote_code: bool = Field(False, description="run model code that comes with name_or_path")
     attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
@@ -52,7 +55,7 @@ class ModelSection(Section):
 
 
 class SourceSection(Section):
-    path: Name = Field(
+    path: PathName = Field(
         description="hub id, folder, file or glob (parquet, arrow, json, jsonl, csv, tsv, text; compressed too), "
         "python-stdlib, or module:attribute of a `relora.data.sources.Source`"
     )
@@ -67,7 +70,7 @@ class DataSection(Section):
         (SourceSection(path="python-stdlib"),), description="the datasets of texts, mixed by weight"
     )
     text_field: Name = Field("text", description="the column that holds the text")
-    tokenizer: Name | None = Field(
+    tokenizer: PathName | None = Field(
         None,
         description="hub id or folder; null: name_or_path's own, else a byte-level BPE trained on the sources",
     )
@@ -83,7 +86,7 @@ class DataSection(Section):
         json_schema_extra=SINCE_0_2,
     )
     sequence_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens per sample")
-    prepared_dir: Name | None = Field(
+    prepared_dir: PathName | None = Field(
         None,
         description="folder of the tokens; null: a cache folder named by a hash of their sources and tokenizer",
         json_schema_extra=HOW,
@@ -276,8 +279,13 @@ class TrainingSection(Section):
 
 
 class Config(Section):
-    output_dir: Name = Field(description="the run folder", json_schema_extra=HOW)
+    output_dir: PathName = Field(description="the run folder", json_schema_extra=HOW)
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of every random draw")
+    hub_timeout_s: Annotated[float, Field(gt=0, le=3600)] = Field(
+        15.0,
+        description="seconds that the Hugging Face hub may take to answer; a download may take longer while bytes come",
+        json_schema_extra=HOW,
+    )
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
     lora: LoraSection = LoraSection()

@@ -5,10 +5,15 @@ all of these. The keys of mappings are strings, as in JSON.
 """
 
 import re
+from collections import Counter
 from typing import Any
 
 import yaml
 
+from relora.files import MAX_VALUES, plain_problem
+
+_MAX_CHARACTERS = 100_000  # about a second of reading
+_MAX_SHOWN = 200
 _TAG = "tag:yaml.org,2002:"
 _REPLACED = {f"{_TAG}{kind}" for kind in ("bool", "float", "int", "timestamp", "value")}
 _BASES = {"0o": 8, "0x": 16}
@@ -29,8 +34,7 @@ class Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """A mapping with string keys. Raises ConstructorError for keys that appear twice."""
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        words = [key.value for key in keys]
-        twice = sorted({word for word in words if words.count(word) > 1})
+        twice = sorted(word for word, times in Counter(key.value for key in keys).items() if times > 1)
         if twice:
             raise yaml.constructor.ConstructorError(
                 None, None, f"these keys appear more than once: {', '.join(twice)}", node.start_mark
@@ -39,6 +43,14 @@ class Loader(yaml.SafeLoader):
             if key.tag != f"{_TAG}merge":
                 key.tag = f"{_TAG}str"
         return super().construct_mapping(node, deep)
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Put the keys of `<<` into the mapping. Raises ConstructorError where merges of merges grow without end."""
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_VALUES:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"<< merges more than {MAX_VALUES:,} keys", node.start_mark
+            )
 
     def construct_int(self, node: yaml.ScalarNode) -> int:
         """10, 1_000, 010 (ten), 0o17, 0x1F."""
@@ -77,8 +89,20 @@ Dumper.add_representer(str, Dumper.represent_text)
 
 
 def parse(text: str) -> Any:
-    """The value of a YAML document. Raises `yaml.YAMLError`."""
-    return yaml.load(text, Loader=Loader)  # nosec B506  # a subclass of yaml.SafeLoader
+    """The value of a YAML document: plain data (`relora.files.plain_problem`). Raises `yaml.YAMLError`."""
+    if len(text) > _MAX_CHARACTERS:
+        raise yaml.YAMLError(f"has {len(text):,} characters, more than {_MAX_CHARACTERS:,}")
+    try:
+        value = yaml.load(text, Loader=Loader)  # nosec B506  # a subclass of yaml.SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        # PyYAML's constructors of tags such as !!bool expect text that fits.
+        raise yaml.YAMLError(f"a value does not fit its tag ({type(error).__name__}: {error})") from None
+    problem = plain_problem(value)
+    if problem is not None:
+        raise yaml.YAMLError(problem)
+    return value
 
 
 def dump(value: Any) -> str:
@@ -90,3 +114,9 @@ def inline(value: Any) -> str:
     """`value` on one line, as in a YAML file."""
     text = yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=True, width=10**9)
     return text.removesuffix("\n").removesuffix("\n...")
+
+
+def format_value(value: Any) -> str:
+    """`value` as in a YAML file, on one line of bounded length, for messages."""
+    text = inline(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."

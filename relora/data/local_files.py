@@ -15,7 +15,7 @@ from datasets.data_files import DataFilesDict, get_data_patterns
 
 from relora.config.schema import SourceSection
 from relora.data.content import content_hashes
-from relora.files import sha256_of_json
+from relora.files import looks_like_a_path, sha256_of_json
 
 READERS = {  # file extension -> reader
     ".parquet": "parquet",
@@ -55,10 +55,8 @@ class LocalFiles:
 
 
 def is_local(path: str) -> bool:
-    """Whether a source's path means local files. A path that could also be a hub id does so only if it exists."""
-    name = Path(path).expanduser()
-    looks_like_files = glob.has_magic(path) or path.startswith((".", "/", "~")) or reader_of(name) is not None
-    return looks_like_files or name.exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
+    """Whether a source's path means local files, and not a data set of the hub."""
+    return glob.has_magic(path) or reader_of(Path(path)) is not None or looks_like_a_path(path)
 
 
 def find_files(source: SourceSection) -> tuple[LocalFiles | None, list[str]]:

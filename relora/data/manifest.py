@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from relora.data.content import content_hashes
 from relora.errors import UserError
-from relora.files import sha256_of_json
+from relora.files import json_of, sha256_of_json
 
 FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
@@ -128,8 +128,8 @@ def verify(folder: Path, manifest: Manifest, tokenizer_folder: str) -> None:
 def read_json(path: Path) -> Any:
     """The JSON value of a file of ours. Raises DamagedError if it is none, FileNotFoundError if there is no file."""
     try:
-        return json.loads(path.read_text())
+        return json_of(path.read_bytes())
     except FileNotFoundError:
         raise
-    except (ValueError, OSError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise DamagedError([f"{path}: cannot be read as JSON ({error})"]) from error

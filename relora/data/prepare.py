@@ -88,7 +88,7 @@ def prepare(
     )
     prepared = complete(wanted.folder, wanted.key, sets_aside=False)
     if prepared is None:
-        with lock_of(wanted.folder), progress_bars(shown=not quiet):
+        with lock_of(wanted.folder, data.prepared_dir), progress_bars(shown=not quiet):
             prepared = complete(wanted.folder, wanted.key, sets_aside=True)  # another process may have been first
             if prepared is None:
                 write_prepared(wanted, quiet=quiet)

@@ -94,8 +94,12 @@ def set_aside(folder: Path, damage: DamagedError) -> None:
 
 
 @contextmanager
-def lock_of(folder: Path) -> Iterator[None]:
-    """Let one process at a time prepare a folder; the others wait here, and then find it complete."""
+def lock_of(folder: Path, prepared_dir: str | None) -> Iterator[None]:
+    """Let one process at a time prepare a folder; the others wait here, and then find it complete.
+
+    Args:
+        prepared_dir: the setting, None where the folder is one of the cache.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK)
@@ -105,7 +109,9 @@ def lock_of(folder: Path) -> Iterator[None]:
             logger.warning("waiting for another process that is preparing %s", folder)
             lock.acquire()
     except OSError as error:
-        raise UserError([f"data.prepared_dir = {str(folder)!r}: not a folder to write to: {error}"]) from error
+        cache = f"the cache {str(folder)!r} (data.prepared_dir or the variable RELORA_CACHE chooses another folder)"
+        setting = cache if prepared_dir is None else f"data.prepared_dir = {str(folder)!r}"
+        raise UserError([f"{setting}: not a folder to write to: {error}"]) from error
     try:
         yield
     finally:

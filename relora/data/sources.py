@@ -25,8 +25,9 @@ from datasets.exceptions import DatasetsError
 from relora.config.schema import DataSection, SourceSection
 from relora.data.local_files import files_identity, find_files, is_local, split_names
 from relora.data.readers import first_fault, read_files
-from relora.errors import raise_if_any
+from relora.errors import DISK_ERRORS, raise_if_any
 from relora.files import sha256_of_json
+from relora.hub import unreachable
 from relora.method.registry import CUSTOM, resolve
 
 TEXT = "text"
@@ -137,6 +138,7 @@ class LocalFilesSource(Source):
                 num_proc=processes if processes > 1 else None,
             )
         except READING_ERRORS as error:
+            raise_for_cache(error, wanted_files=files.of_splits(wanted))
             fault = first_fault(files.of_splits(wanted), files.reader)
             named = f"{fault}: " if fault else ""
             raise ValueError(f"{named}not readable as {files.reader}: {root_cause(error)}") from error
@@ -180,8 +182,9 @@ class HubSource(Source):
                 keys["cache_dir"] = str(cache_of(self._content))
             return function(self.path, self.section.name, revision=self.section.revision, **keys)
         except READING_ERRORS as error:
+            raise_for_cache(error)
             where = "" if self.is_folder else "no such file or folder here, and the hub gave no such dataset: "
-            raise ValueError(f"{where}{root_cause(error)}") from error
+            raise ValueError(f"{where}{unreachable(error) or root_cause(error)}") from error
 
 
 # Paths that name a kind of source. Others are local files or hub ids.
@@ -284,3 +287,22 @@ def root_cause(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def raise_for_cache(error: BaseException, wanted_files: Sequence[Path] = ()) -> None:
+    """Raise ValueError if behind `error`, which datasets raised, is a cache that cannot be written to.
+
+    Args:
+        wanted_files: the source's own files, which are only read.
+    """
+    own, cache = {path.absolute() for path in wanted_files}, Path(datasets.config.HF_DATASETS_CACHE)
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno is not None:
+            path = Path(os.fsdecode(cause.filename or ""))
+            if path in (cache, *cache.parents) or (cause.errno in DISK_ERRORS and path not in own):
+                raise ValueError(
+                    f"datasets cannot write to its cache {str(cache)!r} ({os.strerror(cause.errno)}); the variable "
+                    "HF_DATASETS_CACHE or HF_HOME chooses another folder"
+                ) from error
+        cause = cause.__cause__ or cause.__context__

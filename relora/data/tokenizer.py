@@ -15,7 +15,8 @@ from relora.data.encoder import encoder_content
 from relora.data.sources import TEXT, root_cause
 from relora.data.split import document_pieces, documents_of, is_held_out
 from relora.errors import UserError
-from relora.files import is_lfs_pointer, looks_like_a_path
+from relora.files import is_lfs_pointer, missing_folder
+from relora.hub import unreachable
 
 END_OF_TEXT = "<|endoftext|>"
 SMALLEST_VOCABULARY = 256 + 1  # the bytes and END_OF_TEXT
@@ -109,15 +110,20 @@ def read_tokenizer(
     Args:
         key: the setting that names it, for the problems.
     """
-    setting, path = f"{key} = {name!r}", Path(name).expanduser()
-    if looks_like_a_path(name) and not path.exists():
-        return None, [f"{setting}: there is no such folder"]
-    if is_lfs_pointer(path / "tokenizer.json"):
+    setting, missing = f"{key} = {name!r}", missing_folder(name)
+    if missing is not None:
+        return None, [f"{setting}: {missing}"]
+    if is_lfs_pointer(Path(name) / "tokenizer.json"):
         return None, [f"{setting}: tokenizer.json is a pointer of Git LFS, not the content; run `git lfs pull` there"]
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # a tokenizer's own code may raise anything
-        return None, [f"{setting}: cannot be loaded as a tokenizer: {root_cause(error)}"]
+        reason = unreachable(error) or root_cause(error)
+        if "trust_remote_code" in str(error):
+            reason = (
+                "it comes with code of its own, which is run only with model.trust_remote_code = true; read it first"
+            )
+        return None, [f"{setting}: cannot be loaded as a tokenizer: {reason}"]
     if not tokenizer.is_fast:
         kind = type(tokenizer).__name__
         return None, [f"{setting}: a fast tokenizer (tokenizer.json) is required, this is {kind}"]

@@ -2,8 +2,8 @@
 
 import copy
 import difflib
-import json
-from collections.abc import Callable, Collection, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,11 +15,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig, PreTraine
 from transformers.initialization import no_init_weights
 
 from relora.config import Config, ModelSection, UserError, raise_if_any
-from relora.files import looks_like_a_path
+from relora.files import missing_folder, plain_json_of
+from relora.hub import unreachable
 from relora.model.liger import liger_problems
 from relora.model.pretrained import dequantization, folder_problems, quantization_problems, weight_problems
 from relora.model.tasks import Task
 
+MAX_PARTS, MAX_LABELS = 10_000, 1_000_000  # layers or experts of a model; labels, which its config names one by one
 # Inductor aligns rows to cache lines on GPUs only, though the products of a CPU need it too (`kernels.product`).
 COMPILE_OPTIONS = {"disable_padding_cpu": False}
 
@@ -34,7 +36,8 @@ def read_hf_config(section: ModelSection, task: Task) -> tuple[PretrainedConfig 
     config, problems = _config_from_scratch(section) if section.name_or_path is None else _pretrained_config(section)
     if config is None:
         return None, problems
-    has_own_code = task.auto_class.__name__ in (getattr(config, "auto_map", None) or {})
+    auto_map = getattr(config, "auto_map", None)
+    has_own_code = isinstance(auto_map, dict) and task.auto_class.__name__ in auto_map
     if type(config) not in task.auto_class._model_mapping and not has_own_code:
         reason = f"model_type {config.model_type} has no {task.description} in transformers"
         return None, [f"{setting_of(section)}: {reason}"]
@@ -82,6 +85,17 @@ def first_lines(error: Exception) -> str:
     """The type and the first two lines of an exception of a library, at most 300 characters in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {' '.join(lines[:2])}"[:300] if lines else type(error).__name__
+
+
+def reason_of(error: Exception, *, remedy: str = "model.trust_remote_code = true") -> str:
+    """Why a model, or a part of it, cannot be loaded: the hub is out of reach, its code may not run, or else.
+
+    Args:
+        remedy: the setting by which the user trusts code that comes with a model.
+    """
+    if "trust_remote_code" in str(error):
+        return f"it comes with code of its own, which is run only with {remedy}; read it first"
+    return unreachable(error) or first_lines(error)
 
 
 def skeleton(section: ModelSection, hf_config: PretrainedConfig, task: Task) -> PreTrainedModel:
@@ -177,25 +191,33 @@ def compile_in_place(module: nn.Module) -> None:
 
 def _pretrained_config(section: ModelSection) -> tuple[PretrainedConfig | None, list[str]]:
     name, setting = str(section.name_or_path), setting_of(section)
-    path = Path(name).expanduser()
-    if looks_like_a_path(name) and not path.exists():
-        return None, [f"{setting}: there is no such folder"]
+    path = Path(name)
+    missing = missing_folder(name)
+    if missing is not None:
+        return None, [f"{setting}: {missing}"]
     if path.is_dir() and (other := folder_problems(setting, path)):
         return None, other
+    if (path / "config.json").is_file():
+        mapping, problems = _read_json(str(path / "config.json"), setting)
+        problems += [f"{setting}: {problem}" for problem in _too_many(mapping)]
+        if problems:
+            return None, problems
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             name, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
+        config.to_dict()  # written to every checkpoint
     except Exception as error:  # whatever a model's own code may raise
         where = "" if path.exists() else "no such folder here, and none can be loaded from the hub: "
-        return None, [f"{setting}: {where}{first_lines(error)}"]
+        return None, [f"{setting}: {where}{reason_of(error)}"]
     found = [*quantization_problems(setting, config), *(weight_problems(setting, path) if path.is_dir() else [])]
     return (None, found) if found else (config, [])
 
 
 def _config_from_scratch(section: ModelSection) -> tuple[PretrainedConfig | None, list[str]]:
     setting = setting_of(section)
-    mapping, problems = _read_json(section.config) if isinstance(section.config, str) else (section.config or {}, [])
+    given = section.config or {}
+    mapping, problems = _read_json(given, setting) if isinstance(given, str) else (given, [])
     if problems:
         return None, problems
     settings = dict(mapping)
@@ -207,9 +229,13 @@ def _config_from_scratch(section: ModelSection) -> tuple[PretrainedConfig | None
         hint = f"; the nearest is {close[0]}" if close else ""
         unknown = f"model_type {model_type} is unknown to transformers {transformers.__version__}{hint}"
         return None, [f"{setting}: {unknown}"]
+    too_many = next(_too_many(settings), None)
+    if too_many is not None:
+        return None, [f"{setting}: {too_many}"]
     try:
         default = AutoConfig.for_model(model_type)
         config: PretrainedConfig = AutoConfig.for_model(model_type, **settings)
+        config.to_dict()  # written to every checkpoint
     except Exception as error:  # each architecture raises as it pleases
         return None, [f"{setting}: transformers refuses it for model_type {model_type}: {first_lines(error)}"]
     typos = [f"{setting}: unknown key {key}; the nearest is {near}" for key, near in _typos(settings, default)]
@@ -226,16 +252,30 @@ def _typos(mapping: Mapping[str, Any], default: PretrainedConfig) -> list[tuple[
     return [(key, near) for key in unknown for near in difflib.get_close_matches(key, known, n=1, cutoff=0.9)]
 
 
-def _read_json(path: str) -> tuple[dict[str, Any], list[str]]:
+def _too_many(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Numbers of layers, experts or labels that no model has: transformers would try to build them one by one."""
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            yield from (f"{key}.{problem}" for problem in _too_many(value))
+        most = MAX_LABELS if key == "num_labels" else MAX_PARTS
+        is_number_of_parts = key == "num_labels" or re.search(
+            r"(^|_)n?_?(layers?|blocks?|experts?|depths?|stages?)($|_)", key
+        )
+        for number in value if isinstance(value, list) else [value]:
+            if is_number_of_parts and isinstance(number, int) and number > most:
+                yield f"{key} = {number}: more than {most:,} of them cannot be built"
+
+
+def _read_json(path: str, setting: str) -> tuple[dict[str, Any], list[str]]:
     """A mapping from a JSON file, or an empty one and why it cannot be read."""
     try:
-        mapping = json.loads(Path(path).read_text(encoding="utf-8"))
+        mapping = plain_json_of(Path(path).read_bytes())
     except FileNotFoundError:
-        return {}, [f"model.config = {path}: there is no such file"]
+        return {}, [f"{setting}: there is no such file"]
     except (OSError, ValueError) as error:
-        return {}, [f"model.config = {path}: is not a readable JSON file ({error})"]
+        return {}, [f"{setting}: is not a readable JSON file ({' '.join(str(error).split())})"]
     if not isinstance(mapping, dict):
-        return {}, [f"model.config = {path}: must hold a JSON mapping, not a {type(mapping).__name__}"]
+        return {}, [f"{setting}: must hold a JSON mapping, not a {type(mapping).__name__}"]
     return mapping, []
 
 

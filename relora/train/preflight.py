@@ -20,13 +20,13 @@ import relora.data
 import relora.engines
 import relora.method.inject
 import relora.model.model
-from relora.checkpoint.run_folder import RunFolder, run_folder_problems
+from relora.checkpoint.run_folder import RunFolder, run_folder_problems, saved_identity
 from relora.config import Config, raise_if_any
 from relora.config.derived import lora_config, tokenizer_of
-from relora.config.load import shown
+from relora.config.yaml12 import format_value
 from relora.data import PreparedData, amount_problems, prepare
 from relora.engines import is_first_on_node, launched_num_processes
-from relora.files import folder_problems
+from relora.files import write_problems
 from relora.method.base_weights import quantization_problem
 from relora.method.parameter_report import parameter_report
 from relora.method.registry import object_problems
@@ -55,7 +55,7 @@ def preflight(config: Config, *, extend: bool = False) -> Run:
     usage, problems = check_model(config, hf_config, task)
     raise_if_any(problems)
     data = _prepared_data(config, hf_config)
-    identity = run_identity(config, hf_config)
+    identity = run_identity(config, hf_config, saved_identity(folder))
     return Run(config, hf_config, task=task, data=data, folder=folder, identity=identity, usage=usage)
 
 
@@ -99,8 +99,8 @@ def _read_files(
 ) -> PretrainedConfig:
     """Phase 1, with the problems of the launch; returns the Hugging Face config of the model."""
     hf_config, unreadable = read_hf_config(config.model, task)
-    in_the_way = folder_problems(f"output_dir = {config.output_dir}", config.output_dir)
-    identity = None if hf_config is None else run_identity(config, hf_config)
+    in_the_way = write_problems(f"output_dir = {config.output_dir}", config.output_dir)
+    identity = None if hf_config is None else run_identity(config, hf_config, saved_identity(folder))
     other_run = [] if in_the_way else run_folder_problems(folder, identity, extend=extend)
     raise_if_any([*launch, *in_the_way, *relora.data.problems(config.data), *unreadable, *other_run])
     assert hf_config is not None
@@ -148,6 +148,6 @@ def _random_problems(config: Config, model: PreTrainedModel, usage: ModelUsage, 
         return []
     listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     return [
-        f"{key} = {shown(value)}: {len(names)} parameters would stay at their random initialization: they are frozen, "
+        f"{key} = {format_value(value)}: {len(names)} parameters would stay at their random initialization: they are frozen, "
         f"not wrapped and not pretrained: {listed}"
     ]

@@ -1,5 +1,8 @@
 """A run: its settings, its model's config, its task, its data, its folder, and its newest state."""
 
+import json
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -68,10 +71,23 @@ class Run:
         return {"fingerprint": fingerprint(self.identity), "data": self.data.manifest.content_hash}
 
 
-def run_identity(config: Config, hf_config: PretrainedConfig) -> dict[str, Any]:
-    """The settings that make this run this run, the model's config among them."""
+def run_identity(config: Config, hf_config: PretrainedConfig, saved: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The settings that make this run this run, the model's config among them.
+
+    Args:
+        saved: the identity that the run in the folder was begun with. Another release of transformers may have other
+            keys in the config of the same model. So the saved config stays the run's, if this release reads it as it
+            reads the config that is given now.
+    """
     settings = hf_config.to_dict()
     settings.pop("transformers_version", None)
+    there = (saved or {}).get("model.config")
+    if isinstance(there, dict):
+        with suppress(Exception):  # each architecture raises as it pleases: then the config is not the same
+            reread = type(hf_config).from_dict(there).to_dict()
+            reread.pop("transformers_version", None)
+            if json.dumps(reread, sort_keys=True) == json.dumps(settings, sort_keys=True):
+                settings = there
     return identity(config, settings)
 
 

@@ -23,7 +23,7 @@ AS_BEFORE = [("data.add_bos", False)]
 # The keys of which DESIGN.md says that another value is the same run, computed otherwise.
 NOT_PART_OF_THE_RUN = {
     *("lora.forward", "lora.keep_merged", "lora.master"),
-    "output_dir",
+    *("output_dir", "hub_timeout_s"),
     *("model.attn_implementation", "model.gradient_checkpointing", "model.torch_compile", "model.liger_kernel"),
     *("data.prepared_dir", "data.num_proc", "data.num_workers"),
     *("training.per_device_batch_size", "training.per_device_eval_batch_size", "training.mixed_precision"),
@@ -228,3 +228,40 @@ def test_the_configuration_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout == "[]\n"
+
+
+def test_a_new_key_of_transformers_is_no_other_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A release that adds a key to the class, here LlamaConfig; another value of the key is another run."""
+    from transformers import LlamaConfig
+
+    from relora.checkpoint.run_folder import RunFolder, run_folder_problems, saved_identity
+    from relora.model.model import load_hf_config
+    from relora.model.tasks import CausalLM
+    from relora.train.run import run_identity
+
+    config, folder = check(tiny.settings(corpus, tmp_path)), RunFolder(tmp_path)
+    before = run_identity(config, load_hf_config(config.model, CausalLM()))
+    folder.write_config(config, identity=before, numbers={})
+    folder.final.mkdir()
+    read_by_both = LlamaConfig.__post_init__
+
+    def with_a_new_key(self: LlamaConfig, **kwargs: Any) -> None:
+        self.brand_new = kwargs.pop("brand_new", self.num_hidden_layers * 3)
+        read_by_both(self, **kwargs)
+
+    monkeypatch.setattr(LlamaConfig, "__post_init__", with_a_new_key)
+    hf_config = load_hf_config(config.model, CausalLM())
+    assert hf_config.to_dict()["brand_new"] == 6
+    resumed = run_identity(config, hf_config, saved_identity(folder))
+    assert run_folder_problems(folder, resumed, extend=False) == []
+    assert fingerprint(resumed) == fingerprint(before)
+    changed = check(tiny.settings(corpus, tmp_path, model__config=tiny.MODEL | {"brand_new": 7}))
+    other = run_identity(changed, load_hf_config(changed.model, CausalLM()), saved_identity(folder))
+    assert run_folder_problems(folder, other, extend=False) == [
+        f"output_dir = {tmp_path}: holds another run: model.config.brand_new is None there and 7 here"
+    ]
+    wider = check(tiny.settings(corpus, tmp_path, model__config=tiny.MODEL | {"hidden_size": 64}))
+    other = run_identity(wider, load_hf_config(wider.model, CausalLM()), saved_identity(folder))
+    assert any("model.config.hidden_size is 32 there" in p for p in run_folder_problems(folder, other, extend=False))

@@ -1,11 +1,15 @@
 """Reading configurations: files, the files they extend, overrides, unknown keys."""
 
+import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from relora.config import Config, UserError, find_config, load_config
+from relora.config.names import ELSEWHERE, NOT_HERE
+from relora.config.reference import fields
 from relora.config.yaml12 import dump
 from tests.config.tree import BASE, FIELDS, SECTIONS, merged, problems_of, problems_of_file, settings
 
@@ -34,7 +38,7 @@ def test_a_misspelt_section_names_the_right_one(section: str) -> None:
         ("max_steps", "the nearest is training.max_steps"),
         ("optim.lr", "the nearest is optim.learning_rate"),
         ("lora.rank", "the nearest is lora.r"),
-        ("qqq", "known here are output_dir, seed, model, data, lora, relora, optim, schedule, training"),
+        ("qqq", "known here are output_dir, seed, hub_timeout_s, model, data, lora, relora, optim, schedule, training"),
         ("schedule.qqq", "known here are warmup_steps, restart_warmup_steps, min_lr_ratio"),
     ],
 )
@@ -250,3 +254,103 @@ def test_wrong_overrides(override: str, line: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         read_with(tmp_path, override)
     assert error.value.problems == [line]
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("training.gradient_accumulation_steps", "not a setting here: it follows from training.global_batch_size and"),
+        ("training.num_train_epochs", "not a setting here: the length of a run is training.max_steps"),
+        ("training.per_device_train_batch_size", "the nearest is training.per_device_batch_size"),
+        ("training.lr_scheduler_type", "not a setting here: the schedule is a cosine with restarts"),
+        ("training.warmup_ratio", "not a setting here: warm-up is counted in updates, schedule.warmup_steps"),
+        ("training.bf16", "the nearest is training.mixed_precision"),
+        ("training.optim", "the nearest is optim.name"),
+        ("training.report_too", "the nearest is training.report_to"),
+        ("training.weight_decay", "the nearest is optim.weight_decay"),
+        ("training.dataloader_num_workers", "the nearest is data.num_workers"),
+        ("training.deepspeed", "not a setting here: the launcher chooses it"),
+        ("lora.alpha", "the nearest is lora.lora_alpha"),
+        ("lora.task_type", "not a setting here: training.task is the task"),
+        ("lora.init_lora_weights", "not a setting here: relora.reinit is how factors are drawn"),
+        ("max_seq_length", "the nearest is data.sequence_length"),
+        ("training.skip_memory_metrics", "known here are method, "),
+    ],
+)
+def test_a_setting_of_another_program_is_told_what_it_is_here(key: str, hint: str) -> None:
+    [problem] = problems_of(settings(key, 5))
+    assert problem.startswith(f"{key} = 5: unknown key; {hint}")
+
+
+def test_names_of_other_programs_lead_to_keys_that_exist() -> None:
+    known = set(dict(fields()))
+    assert set(ELSEWHERE.values()) <= known
+    assert not NOT_HERE.keys() & ELSEWHERE.keys()
+    for reason in NOT_HERE.values():
+        keys = re.findall(r"\b(?:training|data|model|lora|relora|schedule|optim)\.\w+", reason)
+        assert set(keys) <= known, reason
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        (
+            "lora.target_modules=q_proj,v_proj",
+            "lora.target_modules = q_proj,v_proj: is one regex of whole names; a list is written [q_proj, v_proj]",
+        ),
+        (
+            "lora.modules_to_save=embed_tokens, lm_head",
+            "lora.modules_to_save = embed_tokens, lm_head: must be auto, a list of strings or null; a list is written "
+            "[embed_tokens, lm_head]",
+        ),
+    ],
+)
+def test_a_list_without_brackets(override: str, problem: str, tmp_path: Path) -> None:
+    assert problems_of_file(tmp_path / "c.yaml", dump(BASE), override) == [problem]
+
+
+def test_a_regex_with_a_comma_is_none(tmp_path: Path) -> None:
+    assert problems_of_file(tmp_path / "c.yaml", dump(BASE), r"lora.target_modules='.*q_{1,2}proj'") == []
+    for pattern in ("(" * 2000 + ")" * 2000, "a{99999999999}"):
+        assert len(problems_of_file(tmp_path / "c.yaml", dump(BASE), f"lora.target_modules='{pattern}'")) == 1
+
+
+def nested(times: int, merged: bool) -> str:
+    lines = ["a0: &a0 {k: 1}"]
+    for n in range(1, times):
+        aliases = ", ".join([f"*a{n - 1}"] * 9)
+        lines.append(f"a{n}: &a{n} {{<<: [{aliases}]}}" if merged else f"a{n}: &a{n} [{aliases}]")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("[" * 1000 + "]" * 1000, "nested too deeply"),
+        ("{a: " * 90 + "1" + "}" * 90, "nested deeper than 60 levels"),
+        (nested(30, merged=False), "more than 100,000 values, aliases included"),
+        (nested(30, merged=True), "<< merges more than 100,000 keys"),
+        ("model: {config: &a {b: *a}}", "nested deeper than 60 levels"),
+        ("seed: !!bool text", "a value does not fit its tag (KeyError: 'text')"),
+        ("seed: !!timestamp x", "a value does not fit its tag"),
+        ("seed: !!set {a}", "a value of type set, which JSON cannot hold"),
+        ("seed: !!binary aGk=", "a value of type bytes, which JSON cannot hold"),
+        ('output_dir: "\\ud800"', r"'\ud800' is not Unicode text"),
+        (f"seed: {'9' * 5000}", "a value does not fit its tag"),
+        (f"seed: 0x{'f' * 100}", "an integer of 400 bits; 128 are the most"),
+        ("# " + "x" * 100_000, "has 100,002 characters, more than 100,000"),
+    ],
+    ids=range(13),
+)
+def test_yaml_that_is_no_plain_data_is_refused_at_once(text: str, reason: str, tmp_path: Path) -> None:
+    begin = time.process_time()
+    [problem] = problems_of_file(tmp_path / "c.yaml", text)
+    assert reason in problem
+    assert time.process_time() - begin < 2
+
+
+def test_a_list_of_many_wrong_entries_is_told_at_once(tmp_path: Path) -> None:
+    begin = time.process_time()
+    [problem] = problems_of_file(tmp_path / "c.yaml", dump(BASE), f"lora.modules_to_save={[1] * 2000}")
+    assert problem.startswith("lora.modules_to_save = [1, 1, ")
+    assert time.process_time() - begin < 2

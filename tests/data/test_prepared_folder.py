@@ -207,7 +207,7 @@ def test_a_half_written_file_of_a_killed_preparation_is_written_again(data, prep
 
 
 def test_a_lock_is_held_by_one(tmp_path):
-    with lock_of(tmp_path / "new"):
+    with lock_of(tmp_path / "new", None):
         assert (tmp_path / "new" / ".lock").exists()
-    with lock_of(tmp_path / "new"):  # and is free again
+    with lock_of(tmp_path / "new", None):  # and is free again
         pass

@@ -832,7 +832,7 @@ COMMANDS = {
         ["--step 7: the run has checkpoints at 1, 2"],
     ),
     "generate from nowhere": (["generate", "nowhere", "--prompt", "a"], [f"nowhere: {NO_HUB}"]),
-    "generate from a file": (["generate", "c.yaml", "--prompt", "a"], ["c.yaml: there is no such folder"]),
+    "generate from a file": (["generate", "c.yaml", "--prompt", "a"], ["c.yaml: is not a folder"]),
     "generate from a path": (["generate", "./nowhere", "--prompt", "a"], ["./nowhere: there is no such folder"]),
     "generate from a folder without weights": (
         ["generate", "no_weights", "--prompt", "a"],

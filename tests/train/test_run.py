@@ -215,8 +215,15 @@ def test_report_draws_every_run(run: Path, tmp_path: Path) -> None:
     assert "<td>run</td>" in (tmp_path / "report" / "index.html").read_text()
 
 
-def test_dry_run_writes_nothing(tiny_run: Settings, capsys: pytest.CaptureFixture[str]) -> None:
-    tree = tiny_run()
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"relora__warm_start_steps": 0, "lora__base_dtype": "bfloat16", "lora__master": "disk"}],
+    ids=["default", "masters on disk"],
+)
+def test_dry_run_writes_nothing(
+    options: dict[str, Any], tiny_run: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tiny_run(**options)
     train(check(tree), dry_run=True)
     assert "one forward pass, loss 5." in capsys.readouterr().out
     assert not Path(tree["output_dir"]).exists()
