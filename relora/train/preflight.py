@@ -148,6 +148,6 @@ def _random_problems(config: Config, model: PreTrainedModel, usage: ModelUsage, 
         return []
     listed = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
     return [
-        f"{key} = {format_value(value)}: {len(names)} parameters would stay at their random initialization: they are frozen, "
-        f"not wrapped and not pretrained: {listed}"
+        f"{key} = {format_value(value)}: {len(names)} parameters would stay at their random initialization: they are "
+        f"frozen, not wrapped and not pretrained: {listed}"
     ]
