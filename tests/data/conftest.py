@@ -105,3 +105,13 @@ def two_sources(tmp_path, documents, write, config):  # type: ignore[no-untyped-
     one = write(tmp_path / "one.jsonl", documents(60, seed=1))
     two = write(tmp_path / "two.jsonl", documents(40, seed=2))
     return lambda **keys: config({"path": one, "weight": 3.0}, {"path": two}, **keys)
+
+
+@pytest.fixture
+def data(two_sources: Callable[..., DataSection]) -> DataSection:
+    return two_sources()
+
+
+@pytest.fixture
+def prepared(data: DataSection, prepared_of: Callable[[DataSection], PreparedData]) -> PreparedData:
+    return prepared_of(data)

@@ -12,16 +12,6 @@ from relora.data.batches import NO_TOKENS, Row, make_batch
 
 
 @pytest.fixture
-def data(two_sources):
-    return two_sources()
-
-
-@pytest.fixture
-def prepared(data, prepared_of):
-    return prepared_of(data)
-
-
-@pytest.fixture
 def samples(prepared, data):
     return prepared.samples(data, 7)
 

@@ -7,11 +7,6 @@ from relora.data import eval_batches, unigram_entropy
 from relora.data.dataset import held_out_rows
 
 
-@pytest.fixture
-def prepared(two_sources, prepared_of):
-    return prepared_of(two_sources())
-
-
 def scored(batches):
     labels = [batch["labels"][:, 1:] for batch in batches]
     return [token for part in labels for token in part[part != -100].tolist()]

@@ -14,17 +14,6 @@ from relora.data.manifest import DamagedError
 from relora.data.prepared_folder import complete, lock_of, read_unfinished, write_unfinished
 from relora.errors import UserError
 
-
-@pytest.fixture
-def data(two_sources):
-    return two_sources()
-
-
-@pytest.fixture
-def prepared(data, prepared_of):
-    return prepared_of(data)
-
-
 DAMAGES = {
     "truncated": lambda content: content[:-8],
     "emptied": lambda _: b"",
