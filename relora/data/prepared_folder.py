@@ -23,7 +23,7 @@ from relora.data.dataset import TOKENIZER_FOLDER, PreparedData, verified
 from relora.data.manifest import MANIFEST, DamagedError, hash_of_json, read_json
 from relora.data.tokenize import TOKENS_FOLDER
 from relora.errors import UserError, raise_if_any
-from relora.files import write_json
+from relora.files import DRAFTS, write_json
 
 LOCK = ".lock"
 UNFINISHED = "unfinished.json"
@@ -63,7 +63,7 @@ def complete(folder: Path, key: CacheKey, *, sets_aside: bool) -> PreparedData |
 
 def is_draft(path: Path) -> bool:
     """Whether a file is the lock, or what a process killed in mid-write leaves: it says nothing about the folder."""
-    return path.name == LOCK or (path.name.startswith(".") and path.name.endswith(".draft"))
+    return path.name == LOCK or path.match(DRAFTS)
 
 
 def stranger_problems(folder: Path) -> list[str]:

@@ -157,7 +157,7 @@ def test_devices_that_round_differently_agree_after_a_restart(engine: str, told:
 
 def test_a_rank_that_has_sampled_its_text_goes_on_with_the_others(told: Told) -> None:
     first, second = sorted(both(told, "sample"), key=lambda line: line["rank"])
-    assert (first["num_tokens"], second["num_tokens"]) == (5, 1)
+    assert (first["num_tokens"], second["num_tokens"]) == (5, 0)
 
 
 def test_a_resume_in_place_restarts_the_same(told: Told) -> None:

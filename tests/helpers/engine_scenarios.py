@@ -16,15 +16,17 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 from unittest.mock import Mock, patch
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from relora import LoRAConfig, build_optimizer, inject_lora, restart
 from relora.checkpoint.state import weights_in_memory
@@ -462,29 +464,22 @@ def agree_after_rounding_differently(engine: Engine, live: TrainState, *, is_mix
 
 
 def sampled_tokens(engine: Engine, live: TrainState) -> int:
-    """Number of tokens that this rank samples: rank 1 meets the end at once, rank 0 never."""
-    end, written = 7, list[Tensor]()
-    rank = engine.world.process_index
-
-    class Tokenizer:
-        eos_token_id = end
-
-        def __call__(self, prompt: str, return_tensors: str) -> Any:  # noqa: ARG002
-            return SimpleNamespace(input_ids=torch.tensor([[3, 6, 9]]))
-
-        def decode(self, ids: Tensor, **_: Any) -> str:
-            written.append(ids)
-            return ""
+    """Number of tokens that this rank samples before the end: rank 1 meets it at once, rank 0 never."""
+    end, rank = 7, engine.world.process_index
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(MODEL["vocab_size"])}, unk_token="w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{end}")
 
     def at_once_or_never(*args: Any) -> Tensor:
         return cast(Tensor, args[2]).index_fill(-1, torch.tensor([end]), math.inf if rank else -math.inf)
 
     hook = live.model.get_submodule("lm_head").register_forward_hook(at_once_or_never)
     with engine.inference(live):
-        how = {"max_new_tokens": 5, "temperature": 0.0, "seed": 0, "together": True}
-        sample_text(cast(Any, live.model), cast(Any, Tokenizer()), "", **cast(Any, how))
+        text = sample_text(
+            cast(Any, live.model), tokenizer, "w3 w6 w9", max_new_tokens=5, temperature=0.0, seed=0, together=True
+        )
     hook.remove()
-    return len(written[0]) - 3
+    return len(tokenizer(text).input_ids) - 3
 
 
 def bf16(start: Tensors) -> dict[str, Any]:
