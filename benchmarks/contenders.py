@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from benchmarks import llama
 from relora import inject_lora
-from relora.method.inject import find_targets
 from relora.method.lora import LoRAConfig, lora_layers
+from relora.method.targets import find_targets
 
 LEARNING_RATE = 1e-3
 # GaLore and APOLLO choose a new subspace every so many updates, as their papers do.
@@ -118,7 +118,7 @@ def _groups(model: nn.Module, projection: dict[str, Any]) -> list[dict[str, Any]
 
 def _weights(model: nn.Module) -> list[nn.Parameter]:
     """The weights that we wrap."""
-    targets = find_targets(model, LoRAConfig(r=1))
+    targets = find_targets(model, LoRAConfig(r=1)).names
     return [module.weight for module in map(model.get_submodule, targets) if isinstance(module.weight, nn.Parameter)]
 
 

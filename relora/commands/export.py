@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 
 from relora.checkpoint.export import Card, export_model
-from relora.checkpoint.run_folder import RunFolder
+from relora.checkpoint.run_folder import RunFolder, read_run_config
 from relora.commands.load_model import find_checkpoint, load_run
-from relora.config import UserError, load_config, raise_if_any
+from relora.config import UserError, raise_if_any
 from relora.config.yaml12 import dump
 from relora.files import folder_problems
 from relora.model.tasks import task_of
@@ -34,7 +34,7 @@ def export(run: str, output: str, *, dtype: str, step: int | None) -> None:
         if os.path.lexists(target)  # a link that leads nowhere is there too
         else folder_problems(f"--output {output}", output)
     )
-    config, checkpoint = load_config(folder.config), find_checkpoint(folder, step)
+    config, checkpoint = read_run_config(folder), find_checkpoint(folder, step)
     exported = load_run(folder, checkpoint, config)
     card = Card(
         folder.path.resolve().name,

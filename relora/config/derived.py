@@ -128,8 +128,8 @@ def expanded(identity: dict[str, Any]) -> dict[str, Any]:
         ValueError: as `expand_path`.
     """
     paths = {key: expand_path(identity[key]) for key in ("model.name_or_path", "data.tokenizer") if identity.get(key)}
-    sources = [source | {"path": expand_path(source["path"])} for source in identity["data.sources"]]
-    return identity | paths | {"data.sources": sources}
+    sources = [source | {"path": expand_path(source["path"])} for source in identity.get("data.sources") or ()]
+    return identity | paths | ({"data.sources": sources} if sources else {})
 
 
 def fingerprint(identity: dict[str, Any]) -> str:

@@ -62,7 +62,8 @@ def test_what_nobody_can_know_is_said(run, other, tmp_path, caplog):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     tree = yaml.safe_load((copy / "config.yaml").read_text())
-    tree["data"]["sources"][0]["path"] = str(tmp_path / "gone.jsonl")
+    for sources in (tree["data"]["sources"], tree["derived"]["identity"]["data.sources"]):
+        sources[0]["path"] = str(tmp_path / "gone.jsonl")
     (copy / "config.yaml").write_text(yaml.safe_dump(tree))
     assert held_out(str(copy), other(eval_fraction=0.5)).num_tokens > 0
     assert "the run may have been trained on documents that this holds out; the run held out 0.1" in caplog.text

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from relora.checkpoint.run_folder import RunFolder
 from relora.cli import main
 from relora.config import check
-from relora.config.yaml12 import dump
+from relora.config.derived import identity
 from tests.helpers import tiny
 
 OWN_CODE = """
@@ -32,13 +33,13 @@ def final(run: Path, corpus: Path, tmp_path: Path) -> Path:
     settings = {key: value for key, value in tiny.MODEL.items() if key != "model_type"}
     LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(final)
     AutoTokenizer.from_pretrained(run / "tokenizer").save_pretrained(final)
-    config = json.loads((final / "config.json").read_text())
-    (final / "config.json").write_text(json.dumps(config | {"model_type": "own_llama", "auto_map": AUTO_MAP}))
+    of_model = json.loads((final / "config.json").read_text())
+    (final / "config.json").write_text(json.dumps(of_model | {"model_type": "own_llama", "auto_map": AUTO_MAP}))
     (final / "own.py").write_text(OWN_CODE)
     tree: dict[str, Any] = tiny.settings(corpus, tmp_path / "run")
     tree["model"] = {"name_or_path": str(final), "trust_remote_code": True}
-    check(tree)
-    (tmp_path / "run" / "config.yaml").write_text(dump(tree))
+    config = check(tree)
+    RunFolder(tmp_path / "run").write_config(config, identity=identity(config, {}), numbers={})
     return final
 
 

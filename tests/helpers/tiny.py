@@ -89,8 +89,13 @@ def settings_of(run: Path) -> dict[str, Any]:
 
 def metrics(run: Path | str) -> list[dict[str, Any]]:
     """The lines of a run, without timings, memory and traffic."""
+    return untimed(all_metrics(run))
+
+
+def untimed(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Lines of metrics without what is measured: timings, memory and traffic."""
     left_out = TIMINGS | TRAFFIC
-    return [{key: value for key, value in line.items() if key not in left_out} for line in all_metrics(run)]
+    return [{key: value for key, value in line.items() if key not in left_out} for line in lines]
 
 
 def all_metrics(run: Path | str) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from relora import LoRAConfig, inject_lora
 from relora.config import ModelSection
-from relora.method.inject import find_targets
+from relora.method.targets import find_targets
 from relora.model.liger import liger_problems, use_liger_kernels
 from tests.helpers.tiny import MODEL
 
