@@ -27,6 +27,7 @@ import torch
 from benchmarks import llama
 from benchmarks.peaks import MIB, in_fresh_process, phase
 from benchmarks.tables import Limit, options_of, publish
+from relora.checkpoint.format import History
 from relora.checkpoint.load import complete_checkpoints, open_checkpoint
 from relora.checkpoint.save import Checkpoints
 from relora.checkpoint.state import State
@@ -129,7 +130,7 @@ def save_all(
 
         def save(step: int = number, cycle: int = cycle) -> None:
             about = {"fingerprint": "", "data": ""}
-            checkpoints.save(live, engine, step, skipped=0, stage="low_rank", cycle=cycle, about=about)
+            checkpoints.save(live, engine, step, history=History(), stage="low_rank", cycle=cycle, about=about)
 
         timed(timings[FIRST if number % 2 else LATER], save, lambda: written_bytes(complete_checkpoints(folder)[-1]))
         if number % 2:

@@ -68,6 +68,7 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
     """The phases of a run, by the functions that a run goes through."""
     import torch
 
+    from relora.checkpoint.format import History
     from relora.checkpoint.load import complete_checkpoints, open_checkpoint
     from relora.checkpoint.save import Checkpoints
     from relora.checkpoint.state import State
@@ -94,9 +95,9 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
     with peaks.phase() as table["update, full rank"]:
         update(engine, live, batch)
     with peaks.phase() as table["save, full rank"]:
-        checkpoints.save(live, engine, 1, skipped=0, stage="full_rank", cycle=0, about=about)
+        checkpoints.save(live, engine, 1, history=History(), stage="full_rank", cycle=0, about=about)
     with peaks.phase() as table["switch to low rank"]:
-        state = switch(live, engine, step=2, skipped=0)
+        state = switch(live, engine, step=2, history=History())
         del live
         live = build(low, state, **how)
         del state
@@ -106,7 +107,7 @@ def measure(engine_name: str, hidden_size: int, num_layers: int) -> None:
     with peaks.phase() as table["restart"]:
         engine.restart(live, seed=0, index=1)
     with peaks.phase() as table["save, low rank"]:
-        checkpoints.save(live, engine, 3, skipped=0, stage="low_rank", cycle=1, about=about)
+        checkpoints.save(live, engine, 3, history=History(), stage="low_rank", cycle=1, about=about)
     engine.world.barrier()
     engine.release(live)
     del live

@@ -356,7 +356,8 @@ def main() -> int:
     counts: Counter[str] = Counter()
     failures, slowest = [], 0.0
     with tempfile.TemporaryDirectory() as folder:
-        os.environ |= {"RELORA_CACHE": f"{folder}/cache", "HOME": folder}
+        os.environ |= {"RELORA_CACHE": f"{folder}/cache", "HOME": f"{folder}/home"}
+        (Path(folder) / "home").mkdir()  # "~" is a source too
         os.chdir(folder)
         furnish()
         for index, case, failure, seconds in mutations(options.first, options.number, seed=options.seed):

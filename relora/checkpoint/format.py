@@ -43,6 +43,7 @@ HASH = "sha256"  # the entry of a manifest with the hash of all others
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Group = Annotated[str, StringConstraints(pattern=r"^[a-z]{1,20}(-[0-9]{5,9})?$")]
 Count = Annotated[int, Field(ge=0)]
+StepLoss = Annotated[tuple[int, float], Field(strict=False)]  # a list in JSON
 
 
 class Strict(BaseModel):
@@ -67,6 +68,44 @@ class MetricsFacts(Strict):
     sha256: Sha256
 
 
+class LeftOut(Strict):
+    """Training data that a run leaves out: the samples first <= i < end.
+
+    Attributes:
+        step, loss, limit: of the update whose loss was a spike: above `limit`.
+        checkpoint: the step that the run went back to, 0 for its start.
+    """
+
+    first: Count
+    end: Count
+    step: Count
+    loss: float
+    limit: float
+    checkpoint: Count
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.first >= self.end or self.checkpoint >= self.step:
+            raise ValueError(f"the samples {self.first} to {self.end} are no range before step {self.step}")
+        return self
+
+
+class History(Strict):
+    """What the updates of a run so far have told, but for their metrics.
+
+    Attributes:
+        skipped: updates that no process applied, as their loss or gradient was not finite, or their loss a spike.
+        spikes: updates whose loss was a spike.
+        losses: (step, loss) of the newest updates that were applied, by which the next one is judged.
+        left_out: the training data that the run leaves out, as it has gone back for them.
+    """
+
+    skipped: Count = 0
+    spikes: Count = 0
+    losses: list[StepLoss] = []
+    left_out: list[LeftOut] = []
+
+
 class TensorManifest(Strict):
     """A manifest of tensors: the files, and the file of each tensor."""
 
@@ -88,12 +127,11 @@ class TensorManifest(Strict):
         return self
 
 
-class Manifest(TensorManifest):
+class Manifest(TensorManifest, History):
     """The manifest of a checkpoint.
 
     Attributes:
         step: batches consumed.
-        skipped: how many of them were skipped, as their loss or gradient was not finite.
         stage: the stage of the next update.
         cycle: restarts so far.
         steps: the optimizer's step count by parameter, of those that have one.
@@ -122,6 +160,9 @@ class Manifest(TensorManifest):
             raise ValueError(f"files of the groups {', '.join(sorted(groups))[:80]} at cycle {self.cycle}")
         if self.skipped > self.step:
             raise ValueError(f"{self.skipped} of {self.step} updates were skipped")
+        steps = [step for step, _ in self.losses]
+        if steps != sorted(set(steps)) or max(steps, default=0) > self.step:
+            raise ValueError("the losses are not those of earlier steps, in order")
         trained = self._names(TRAINED)
         moments = {name.rpartition(":")[0] for name in self._names(MOMENTS)}
         for index in range(1, self.num_states):

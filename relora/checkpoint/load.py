@@ -21,6 +21,7 @@ from relora.checkpoint.format import (
     QUANTIZED,
     QUANTIZED_SUFFIX,
     TRAINED,
+    History,
     Manifest,
     TensorManifest,
     checkpoint_name,
@@ -138,7 +139,7 @@ def open_checkpoint(folder: Path, *, state_index: int = 0) -> State:
     }
     return State(
         step=manifest.step,
-        skipped=manifest.skipped,
+        history=History(**{name: getattr(manifest, name) for name in History.model_fields}),
         stage=manifest.stage,
         cycle=manifest.cycle,
         weights=Weights(weights.keys(), weights.__getitem__),

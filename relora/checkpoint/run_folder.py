@@ -43,6 +43,7 @@ class RunFolder:
         self.model = path / "model"
         self.final = path / "final"
         self.stop = path / "STOP"
+        self.skipped_data = path / "skipped_data.json"
 
     @property
     def is_run(self) -> bool:

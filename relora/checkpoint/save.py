@@ -31,6 +31,7 @@ from relora.checkpoint.format import (
     QUANTIZED_SUFFIX,
     TEMPORARY_PREFIX,
     TRAINED,
+    History,
     checkpoint_name,
 )
 from relora.checkpoint.host_copies import HostCopies
@@ -81,7 +82,7 @@ class Checkpoints:
         engine: Engine,
         step: int,
         *,
-        skipped: int,
+        history: History,
         stage: StageName,
         cycle: int,
         about: Mapping[str, Any],
@@ -92,7 +93,7 @@ class Checkpoints:
         frozen weights: they are read while they are written to the disk, where this process holds them whole.
 
         Args:
-            skipped: batches skipped so far.
+            history: what the updates so far have told.
             cycle: restarts so far: the frozen weights are those of this cycle.
             about: further entries of the manifest (fingerprint, hash of the data, evaluated, metrics).
 
@@ -109,8 +110,8 @@ class Checkpoints:
         [num_linking] = engine.world.sum([float(frozen.source is not None)])
         if num_linking:
             groups = {group: entries for group, entries in groups.items() if group not in frozen.groups}
-        facts = {"step": step, "skipped": skipped, "stage": stage, "cycle": cycle, "steps": steps}
-        facts |= {"num_states": engine.num_states} | dict(about)
+        facts = {"step": step, "stage": stage, "cycle": cycle, "steps": steps, "num_states": engine.num_states}
+        facts |= history.model_dump() | dict(about)
         write = partial(self._write, step, frozen=frozen, facts=facts, began_s=began_s)
         if not self._in_background:
             self._note(step, _fetching_all(write, groups))

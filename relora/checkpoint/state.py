@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from relora.checkpoint.format import MetricsFacts
+from relora.checkpoint.format import History, MetricsFacts
 from relora.method.choices import StageName
 
 
@@ -38,7 +38,7 @@ class State:
 
     Attributes:
         step: batches consumed so far.
-        skipped: how many of them were skipped, as their loss or gradient was not finite.
+        history: what they have told.
         stage: the stage of the next update; None before anything was built.
         cycle: restarts that the weights have behind them.
         weights: parameters and buffers by canonical name, full shapes.
@@ -52,7 +52,7 @@ class State:
     """
 
     step: int = 0
-    skipped: int = 0
+    history: History = field(default_factory=History)
     stage: StageName | None = None
     cycle: int = 0
     weights: Weights = field(default_factory=lambda: weights_in_memory({}))

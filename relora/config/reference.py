@@ -91,6 +91,8 @@ def _list(entry: Any, metadata: list[Any]) -> str:
     article = "a non-empty list" if _limits(metadata, "min_length") else "a list"
     if _section_in(entry):
         return f"{article} of sources"
+    if get_origin(get_args(entry)[0] if get_args(entry) else entry) is tuple:
+        return f"{article} of pairs of integers >= 0"
     words = _alternatives(entry, [])
     return f"{article} of strings" if len(words) == 1 else f"{article} of names, each {_any_of(words)}"
 
@@ -127,7 +129,7 @@ def _default(field: FieldInfo) -> str:
         return "required"
     value = field.get_default()
     if isinstance(value, tuple):
-        return ", ".join(getattr(item, "path", str(item)) for item in value)
+        return ", ".join(getattr(item, "path", str(item)) for item in value) or "[]"
     if isinstance(value, bool):
         return str(value).lower()
     return "null" if value is None else str(value)

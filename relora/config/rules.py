@@ -111,6 +111,17 @@ def whole_micro_batches_per_process(config: Config) -> str | None:
     )
 
 
+def ranges_of_samples(config: Config) -> str | None:
+    """A range of samples to leave out begins before it ends."""
+    for first, end in config.data.skip:
+        if first >= end:
+            return (
+                f"data.skip = [[{first}, {end}]]: a pair [first, end] leaves out the samples first <= i < end, so "
+                "first must be smaller than end"
+            )
+    return None
+
+
 def one_evaluation_row(config: Config) -> str | None:
     """The held-out set must hold at least one row."""
     if config.data.eval_tokens >= config.data.sequence_length:
@@ -227,6 +238,7 @@ RULES = (
         ("training.global_batch_size", "training.per_device_batch_size", "training.num_processes"),
         whole_micro_batches_per_process,
     ),
+    Rule(("data.skip",), ranges_of_samples),
     Rule(("data.eval_tokens", "data.sequence_length"), one_evaluation_row),
     Rule(("training.trainable", "training.method"), trainable_of_method_full),
     Rule(("lora.target_modules",), target_pattern),

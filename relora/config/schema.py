@@ -20,6 +20,7 @@ Name = Annotated[str, Field(min_length=1)]
 PathName = Annotated[str, Field(min_length=1), AfterValidator(expand_path)]
 NotNegative = Annotated[float, Field(ge=0)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Pair = Annotated[tuple[CountFromZero, CountFromZero], Field(strict=False)]
 # The name of a user's own object, `module:attribute`, accepted beside the names of a registry.
 CustomName = Annotated[str, Field(pattern=f"^{CUSTOM}$")]
 # Keys that change how a run is computed, not its result: they may differ between two starts of the same run.
@@ -99,6 +100,12 @@ class DataSection(Section):
     )
     document_mask: bool = Field(
         False, description="mask attention between the documents of a sample; positions restart in each"
+    )
+    skip: Annotated[tuple[Pair, ...], Field(strict=False)] = Field(
+        (),
+        description="training samples to leave out, as pairs [first, end]: those of the indices first <= i < end; the "
+        "line of a spike in the metrics has the indices of its batch",
+        json_schema_extra=SINCE_0_2,
     )
     num_proc: Count | None = Field(
         None, description="processes that prepare the data; null: one per core", json_schema_extra=HOW
@@ -270,6 +277,12 @@ class TrainingSection(Section):
         None,
         description="peak of one device in TFLOP/s, for `mfu` in the metrics; null: by the name of the GPU, if known",
         json_schema_extra=HOW,
+    )
+    on_spike: Literal["warn", "skip", "rollback"] = Field(
+        "warn",
+        description="an update whose loss is far above those before it; skip: it is not applied; rollback: its batch "
+        "and the nine before it are left out, and the run goes back to the checkpoint before them",
+        json_schema_extra=SINCE_0_2,
     )
     probe_steps: CountFromZero = Field(
         0,

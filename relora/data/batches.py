@@ -83,10 +83,7 @@ class TokenStream:
         if not 0 <= number < self.num_rows:
             raise IndexError(f"row {number} of {self.num_rows}")
         start = number * self.sequence_length
-        return self.span(start, min(start + self.sequence_length, self.num_tokens))
-
-    def span(self, start: int, stop: int) -> Row:
-        """Tokens start..stop of the stream."""
+        stop = min(start + self.sequence_length, self.num_tokens)
         tokens = np.empty(stop - start, dtype=np.int64)
         starts = []
         filled = 0
@@ -98,7 +95,7 @@ class TokenStream:
                 if len(self._open) > MAX_OPEN_FILES:
                     self._open.popitem(last=False)
             self._open.move_to_end(k)
-            # The span's tokens in it; its own first token is token `base` of the stream.
+            # The row's tokens in it; its own first token is token `base` of the stream.
             file, end = self._open[k], min(stop, int(self.ends[k]))
             base = int(self.ends[k]) - file.num_tokens
             for part in file.parts(start - base, end - base):
@@ -156,10 +153,39 @@ def places(begins: np.ndarray) -> dict[str, np.ndarray]:
     return {"position_ids": columns - begun_at, "document_ids": np.cumsum(later, axis=1, dtype=np.int64)}
 
 
+Ranges = Sequence[tuple[int, int]]  # (first, end): first <= i < end
+
+
+def disjoint(ranges: Ranges) -> Ranges:
+    """Ranges in any order, which may overlap -> ranges of the same numbers, ascending, with gaps between them."""
+    joined: list[tuple[int, int]] = []
+    for first, end in sorted(ranges):
+        if joined and first <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(end, joined[-1][1])
+        else:
+            joined.append((first, end))
+    return tuple(joined)
+
+
+def index_of(i: int, left_out: Ranges) -> int:
+    """The i-th of the numbers 0, 1, 2.. that no range leaves out.
+
+    Args:
+        left_out: as `disjoint` returns them.
+    """
+    for first, end in left_out:
+        if i < first:
+            break
+        i += end - first
+    return i
+
+
 class Samples(Dataset[Batch]):
     """The endless training samples: samples[i] is a pure function of (seed, i), of 1-D int64 tensors.
 
-    `make_batch` turns rows into tensors; a task may replace it by another of the same signature.
+    `make_batch` turns rows into tensors; a task may replace it by another of the same signature. With `left_out` the
+    samples of these indices do not come, and those after them come earlier: samples[i] is the one of index
+    `index_of(i, left_out)`.
     """
 
     def __init__(
@@ -171,6 +197,7 @@ class Samples(Dataset[Batch]):
         eos_id: int,
         document_mask: bool,
         make_batch: MakeBatch = make_batch,
+        left_out: Ranges = (),
     ) -> None:
         self.streams = list(streams)
         self.mixture = mixture
@@ -178,17 +205,22 @@ class Samples(Dataset[Batch]):
         self.eos_id = eos_id
         self.document_mask = document_mask
         self.make_batch = make_batch
+        self.left_out = disjoint(left_out)
 
     def locate(self, i: int) -> tuple[int, int]:
         """Sample i -> (source, row of that source)."""
-        source, count = self.mixture.locate(i)
+        source, count = self.mixture.locate(index_of(i, self.left_out))
         num_rows = self.streams[source].num_rows
         return source, row_of(seed=self.seed, source=source, count=count, num_rows=num_rows)
 
     def passes(self, i: int) -> list[float]:
-        """Passes over each source after i samples."""
-        counts = self.mixture.counts(i)
-        return [count / stream.num_rows for count, stream in zip(counts, self.streams, strict=True)]
+        """Passes over each source after i samples; what is left out does not count."""
+        index = index_of(i, self.left_out)
+        counts = np.array(self.mixture.counts(index))
+        for first, end in self.left_out:
+            if end <= index:
+                counts -= np.array(self.mixture.counts(end)) - np.array(self.mixture.counts(first))
+        return [int(count) / stream.num_rows for count, stream in zip(counts, self.streams, strict=True)]
 
     def __getitem__(self, i: int) -> Batch:
         return {name: tensor[0] for name, tensor in self.__getitems__([i]).items()}

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from relora.config.schema import DataSection
-from relora.data.batches import IGNORED_LABEL, NO_TOKENS, Batch, MakeBatch, Samples, TokenStream, make_batch
+from relora.data.batches import IGNORED_LABEL, NO_TOKENS, Batch, MakeBatch, Ranges, Samples, TokenStream, make_batch
 from relora.data.manifest import MANIFEST, DamagedError, Manifest, StreamRecord, read_manifest, verify
 from relora.data.mixture import Mixture
 from relora.errors import UserError, raise_if_any
@@ -40,8 +40,17 @@ class PreparedData:
         """One record per source."""
         return [source.train if side == "train" else source.eval for source in self.manifest.sources]
 
-    def samples(self, data: DataSection, seed: int, *, make_batch: MakeBatch = make_batch) -> Samples:
-        """The training samples in the order of `seed`. Raises UserError if there is too little data."""
+    def samples(
+        self, data: DataSection, seed: int, *, make_batch: MakeBatch = make_batch, left_out: Ranges = ()
+    ) -> Samples:
+        """The training samples in the order of `seed`, without those of `data.skip`.
+
+        Args:
+            left_out: further samples to leave out.
+
+        Raises:
+            UserError: there is too little data.
+        """
         raise_if_any(amount_problems(self, data))
         return Samples(
             self.streams("train", data.sequence_length),
@@ -50,6 +59,7 @@ class PreparedData:
             eos_id=self.manifest.eos_token_id,
             document_mask=data.document_mask,
             make_batch=make_batch,
+            left_out=[*data.skip, *left_out],
         )
 
     def summary(self) -> str:

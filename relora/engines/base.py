@@ -1,5 +1,6 @@
 """The contract of an engine, and an update by torch's own autograd and optimizer."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -30,7 +31,8 @@ class Update:
     Attributes:
         loss: sum of the losses over the global batch / its number of labels, in nats.
         grad_norm: norm of the whole gradient before clipping; where processes train separately, the mean of theirs.
-        skipped: bool; whether loss or gradient was not finite on some process, so that no process wrote anything.
+        skipped: bool; whether no process wrote anything, as loss or gradient was not finite on some process, or the
+            loss above `max_loss`.
         stop: whether some process has been asked to stop.
     """
 
@@ -127,12 +129,21 @@ class Engine(ABC):
         """The entries of a checkpoint for `entries`; those of all processes where they train separately."""
         return list(entries)
 
-    def update(self, state: TrainState, batches: Sequence[Batch], *, seeds: Sequence[int], stop: bool) -> Update:
+    def update(
+        self,
+        state: TrainState,
+        batches: Sequence[Batch],
+        *,
+        seeds: Sequence[int],
+        stop: bool,
+        max_loss: float = math.inf,
+    ) -> Update:
         """Forward and backward over this process's micro-batches, clip, and one step of the optimizer.
 
         Args:
             seeds: one for the random draws (dropout) of each micro-batch.
             stop: whether this process has been asked to stop; all learn of it from the result.
+            max_loss: with a larger loss the update is skipped. The same on all processes.
         """
         # 1. The divisor of the loss: labels of all processes. Counted on the host, so nothing waits for the device.
         num_labels, num_stops = self.world.sum([sum(map(self.task.num_labels, batches)), stop])
@@ -155,7 +166,7 @@ class Engine(ABC):
         sums = torch.stack([torch.stack(losses).sum(), norm]).double()
         self.world.all_reduce(sums)
         mean_loss, mean_norm = sums[0] / num_labels, sums[1] / self.world.num_processes
-        skipped = ~(mean_loss + mean_norm).isfinite()
+        skipped = ~(mean_loss + mean_norm).isfinite() | (mean_loss > max_loss)
 
         # 4. Clip and step.
         if self._max_grad_norm is not None:

@@ -64,7 +64,15 @@ class DeepSpeedEngine(Engine):
         self.store.zero = zero
         return TrainState(model=model, parallel_model=engine, optimizer=zero)
 
-    def update(self, state: TrainState, batches: Sequence[Batch], *, seeds: Sequence[int], stop: bool) -> Update:
+    def update(
+        self,
+        state: TrainState,
+        batches: Sequence[Batch],
+        *,
+        seeds: Sequence[int],
+        stop: bool,
+        max_loss: float = math.inf,
+    ) -> Update:
         """As in Engine, with DeepSpeed's backward pass and step, which wait for the device in each update."""
         engine: Any = state.parallel_model
         num_labels, num_stops = self.world.sum([sum(map(self.task.num_labels, batches)), stop])
@@ -81,8 +89,10 @@ class DeepSpeedEngine(Engine):
                 summed = torch.stack(losses).sum().double()
                 self.world.all_reduce(summed)
                 # DeepSpeed skips an update whose gradient norm, agreed by all processes, is not finite: a loss that is
-                # not finite turns the gradient into NaN on the device, and the host need not look at it now.
-                factor = torch.where(summed.isfinite(), factor, math.nan).to(loss.dtype)
+                # not finite, or too large, turns the gradient into NaN on the device, and the host need not look at it
+                # now.
+                is_good = summed.isfinite() & ~(summed / num_labels > max_loss)
+                factor = torch.where(is_good, factor, math.nan).to(loss.dtype)
             engine.backward(loss * factor)
         total = summed.item()
         engine.step()

@@ -114,6 +114,9 @@ class LocalSGDEngine(DDPEngine):
         return model if self.num_states > 1 else super().parallelize(model)
 
     def begin(self, state: TrainState, extra: Mapping[str, Tensor], *, cycle: int, draw_index: int) -> None:
+        # A run that goes back to a checkpoint begins again in the same process.
+        self._outer.velocity.clear()
+        self._outer.anchors.clear()
         for key, tensor in extra.items():
             self._outer.load(key, tensor)
         if self.reduces_gradients:

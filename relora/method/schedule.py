@@ -59,12 +59,18 @@ class Schedule:
         """The factor on the peak learning rate in the update from `step` to `step + 1`; ValueError for step < 0."""
         if step < 0:
             raise ValueError(f"step must be >= 0, not {step}")
-        start = self.last_restart(step)
-        if start is not None and step < start + self.restart_warmup_steps:
-            # A linear climb to where the cosine will be at its end.
-            summit = self._base(start + self.restart_warmup_steps)
-            return summit * (step - start + 1) / self.restart_warmup_steps
-        return self._base(step)
+        start, climb = self.last_restart(step), self.restart_warmup_steps
+        # After a restart a linear climb to where the cosine will be at its end.
+        summit = step if start is None else max(step, start + climb)
+        # Warm-up, one cosine over the whole run, and its floor.
+        if summit < self.warmup_steps:
+            height = (summit + 1) / self.warmup_steps
+        elif summit >= self.max_steps:
+            height = self.min_lr_ratio
+        else:
+            progress = (summit - self.warmup_steps) / (self.max_steps - self.warmup_steps)
+            height = self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
+        return height if summit == step else height * (climb + 1 - (summit - step)) / climb
 
     def rate(self, step: int) -> float:
         """The learning rate of the update from `step` to `step + 1`."""
@@ -98,15 +104,6 @@ class Schedule:
     def has_low_rank_stage(self) -> bool:
         """Whether any update is a low-rank one."""
         return self.warm_start_steps < self.max_steps
-
-    def _base(self, step: int) -> float:
-        """Warm-up, one cosine over the whole run, and its floor."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if step >= self.max_steps:
-            return self.min_lr_ratio
-        progress = (step - self.warmup_steps) / (self.max_steps - self.warmup_steps)
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def lr_multiplier(

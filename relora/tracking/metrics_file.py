@@ -15,7 +15,7 @@ from relora.errors import warn
 from relora.files import json_of, set_aside, write_text
 
 # A line is of the kind that the first of these keys in it names; TensorBoard shows its fields under KIND/.
-KINDS = {"loss": "train", "eval_loss": "eval", "restart": "restart", "probe_loss": "probe"}
+KINDS = {"loss": "train", "eval_loss": "eval", "restart": "restart", "probe_loss": "probe", "spike_loss": "spike"}
 Line = dict[str, Any]
 
 

@@ -12,6 +12,7 @@ from itertools import count, islice
 import torch
 from torch import Tensor
 
+from relora.checkpoint.format import History
 from relora.checkpoint.master_weights import exact_weights
 from relora.checkpoint.save import Checkpoints
 from relora.checkpoint.state import State
@@ -51,10 +52,11 @@ class Callbacks:
     stage_start: Mapping[str, Tensor]
     stop_request: StopRequest
 
-    def __call__(self, step: int, num_skipped: int, *, stops: bool = False) -> bool:
-        """Run what is due at `step`; `num_skipped` of the run's updates have been skipped so far.
+    def __call__(self, step: int, history: History, *, stops: bool = False) -> bool:
+        """Run what is due at `step`.
 
         Args:
+            history: what the updates so far have told.
             stops: the run stops here, as some process has been asked to.
 
         Returns:
@@ -67,7 +69,7 @@ class Callbacks:
         training = self.run.config.training
         is_due = stops or step % training.save_steps == 0 or step == training.max_steps
         if step > 0 and is_due and not (stops and self.too_late_to_save()):
-            self.save(step, num_skipped, evaluated=evaluated)
+            self.save(step, history, evaluated=evaluated)
         return stops or self.asked_to_stop()
 
     def next_due(self, step: int) -> int:
@@ -216,7 +218,7 @@ class Callbacks:
             texts.append(text)
         return texts
 
-    def save(self, step: int, num_skipped: int, *, evaluated: bool = True) -> None:
+    def save(self, step: int, history: History, *, evaluated: bool = True) -> None:
         """Write a checkpoint; the metrics up to it are on the disk before it is.
 
         A run folder that was removed meanwhile is made anew.
@@ -231,7 +233,7 @@ class Callbacks:
             self.state,
             self.engine,
             step,
-            skipped=num_skipped,
+            history=history,
             stage=self.stage.name,
             cycle=self.run.schedule.restarts_done(step),
             about={**self.run.about, "evaluated": evaluated, "metrics": facts and facts.model_dump()},

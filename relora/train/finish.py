@@ -93,6 +93,10 @@ def run_results(run: Run) -> Results:
             results.values[name] = eval_loss[at]
         else:
             results.unknown.append(f"the held-out loss at step {at}: its line is not in {run.folder.metrics.name}")
+    if not results.values.get("eval_loss", 0.0) <= math.log(run.vocab_size):
+        results.values["worse_than_uniform_guess"] = True
+    if manifest.spikes or manifest.left_out:
+        results.values |= {"spikes": manifest.spikes, "left_out": len(manifest.left_out)}
     entropy = unigram_entropy(run.data, run.config.data, targets=run.task.targets, make_batch=run.task.make_batch)
     if math.isfinite(entropy):
         results.values["unigram_entropy"] = entropy
@@ -161,6 +165,9 @@ def summary(run: Run, results: Results) -> str:
         if "eval_loss_at_switch" in values:
             at_switch = values["eval_loss_at_switch"]
             lines.append(f"at the switch to low rank it was {at_switch:.4f}: {at_switch - loss:.4f} nats gained since")
+    if "worse_than_uniform_guess" in values:
+        guess = f"a uniform guess among {run.vocab_size:,} tokens has the loss {math.log(run.vocab_size):.4f}"
+        lines.append(f"{guess}: the model has learned nothing, or the run has diverged")
     if "restart_jump" in values:
         rise = values.get("rise_after_restart")
         rose = "" if rise is None else f", and rose by at most {rise:.4f} in the probed updates after it"
@@ -171,7 +178,11 @@ def summary(run: Run, results: Results) -> str:
     elif "restarts" in values:
         lines.append(f"{values['restarts']} restarts")
     if values["skipped"]:
-        lines.append(f"{values['skipped']} updates were skipped: their loss or gradient was not finite")
+        lines.append(f"{values['skipped']} updates were skipped: a loss or gradient that is not finite, or a spike")
+    if values.get("spikes"):
+        lines.append(f"{values['spikes']} updates had a loss that was a spike")
+    if values.get("left_out"):
+        lines.append(f"went back {values['left_out']} times for a spike of the loss: {run.folder.skipped_data}")
     lines += [f"not known: {phrase}" for phrase in results.unknown]
     places = {"model": run.folder.final, "metrics": run.folder.metrics, "TensorBoard": run.folder.tensorboard}
     return "\n".join([*lines, *(f"{name + ':':<13}{place}" for name, place in places.items())])

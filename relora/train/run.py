@@ -3,13 +3,13 @@
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from transformers import PretrainedConfig
 
-from relora.checkpoint.format import MANIFEST
+from relora.checkpoint.format import MANIFEST, History, LeftOut
 from relora.checkpoint.load import complete_checkpoints, open_checkpoint, read_manifest
 from relora.checkpoint.run_folder import RunFolder
 from relora.checkpoint.run_model import keep_files
@@ -29,6 +29,7 @@ from relora.errors import warn
 from relora.method.schedule import Schedule
 from relora.method.usage import ModelUsage
 from relora.model.tasks import Task
+from relora.train.spikes import left_out_of
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def write_settings(run: Run, num_processes: int) -> None:
     folder.write_config(settings, identity=run.identity, numbers=numbers)
 
 
-def newest_state(run: Run, world: World, *, strict: bool = False, may_rename: bool = False) -> State:
+def newest_state(run: Run, world: World, *, strict: bool = False, may_change: bool = False) -> State:
     """The state to resume from: that of the newest whole checkpoint, or a fresh one for a new run. Collective.
 
     The first process looks, decides for all, and sets damaged checkpoints aside. A process whose index is beyond those
@@ -109,19 +110,20 @@ def newest_state(run: Run, world: World, *, strict: bool = False, may_rename: bo
 
     Args:
         strict: a damaged checkpoint is an error, although one before it is whole.
-        may_rename: this launch holds the lock of the run folder.
+        may_change: this launch holds the lock of the run folder.
 
     Raises:
         UserError: no checkpoint is whole, or the one to resume from is of another run, of other data, or needs another
             number of processes. All processes raise it.
     """
-    name, problems = None, list[str]()
+    name, problems, left_out = None, list[str](), list[LeftOut]()
     if world.process_index == 0:
         try:
-            name = _place_to_resume(run, strict=strict, may_rename=may_rename)
+            left_out = left_out_of(run.folder, may_change=may_change)
+            name = _place_to_resume(run, strict=strict, may_rename=may_change)
         except UserError as error:
             problems = error.problems
-    name, problems = world.gather((name, problems))[0]
+    name, problems, left_out = world.gather((name, problems, left_out))[0]
     raise_if_any(problems)
     # Where the first process has none, one that sees another disk takes its own: the states are compared afterwards.
     own = [folder.name for folder in complete_checkpoints(run.folder.checkpoints)]
@@ -131,8 +133,24 @@ def newest_state(run: Run, world: World, *, strict: bool = False, may_rename: bo
     found = world.gather(checkpoint_problems(folder) if is_there and is_other_node else [])
     raise_if_any(problem for problems in found for problem in problems)
     if not is_there:
-        return State()
-    return open_checkpoint(folder, state_index=launched_process_index() % read_manifest(folder).num_states)
+        return State(history=History(left_out=left_out))
+    state = open_checkpoint(folder, state_index=launched_process_index() % read_manifest(folder).num_states)
+    return replace(state, history=state.history.model_copy(update={"left_out": left_out}))
+
+
+def check_agreement(run: Run, world: World, state: State) -> None:
+    """UserError if the processes hold different data or settings, or would resume from different states."""
+    if not world.all_equal(run.data.manifest.content_hash):
+        raise UserError(["data: the processes of this launch hold different prepared data; compare the sources"])
+    usage = [sorted(run.usage.unfit), sorted(run.usage.idle)]
+    settings = [run.about["fingerprint"], run.config.training.per_device_batch_size, usage]
+    if not world.all_equal(json.dumps([*settings, state.stage, state.step, state.history.model_dump()])):
+        raise UserError(
+            [
+                f"output_dir = {run.config.output_dir}: the processes of this launch have different settings, or see "
+                "different checkpoints; it must be one folder on a disk that all nodes share"
+            ]
+        )
 
 
 def _place_to_resume(run: Run, *, strict: bool, may_rename: bool) -> str | None:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PretrainedConfig, PreTrainedModel
 
+from relora.checkpoint.format import History
 from relora.checkpoint.master_weights import place_masters
 from relora.checkpoint.state import State
 from relora.checkpoint.weights import first_weights, load_weights, model_weights
@@ -148,10 +149,10 @@ def freeze_untrained(model: nn.Module, trainable: str | None, usage: ModelUsage)
         parameter.requires_grad_(name in chosen)
 
 
-def switch(live: TrainState, engine: Engine, *, step: int, skipped: int) -> State:
+def switch(live: TrainState, engine: Engine, *, step: int, history: History) -> State:
     """Release the full-rank stage's optimizer and gradients, and return its weights for the next stage."""
     engine.release(live)
-    return State(step=step, skipped=skipped, stage="full_rank", weights=model_weights(live.model, engine.store))
+    return State(step=step, history=history, stage="full_rank", weights=model_weights(live.model, engine.store))
 
 
 def optimizer_for(model: nn.Module, config: Config) -> Optimizer:

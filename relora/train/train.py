@@ -1,6 +1,5 @@
 """The story of a run: preflight, connect, build and train each stage, finish."""
 
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -11,26 +10,26 @@ from typing import NoReturn
 import torch
 from transformers.utils import logging as transformers_logging
 
-import relora
 from relora.checkpoint.load import last_step
 from relora.checkpoint.run_folder import RunFolder, Status
 from relora.checkpoint.save import Checkpoints, write_stage_start
 from relora.checkpoint.state import State
 from relora.checkpoint.verify import open_stage_start
 from relora.config import Config
-from relora.config.derived import derived_numbers
 from relora.data import micro_batches
 from relora.engines import Engine, TrainState, connect, is_first
-from relora.errors import Failed, Stopped, UserError, raise_if_any
+from relora.errors import Failed, Stopped, raise_if_any
 from relora.files import write_json
 from relora.method.parameter_report import describe_routes, parameter_report
 from relora.tracking.tracker import SinkContext, Tracker, open_tracker
 from relora.train.callbacks import Callbacks
 from relora.train.finish import finish, is_finished
-from relora.train.loop import Loop
+from relora.train.headings import header, title
+from relora.train.loop import Loop, Losses
 from relora.train.preflight import preflight
-from relora.train.run import Run, newest_state, write_settings
+from relora.train.run import Run, check_agreement, newest_state, write_settings
 from relora.train.signals import StopRequest, stop_signals
+from relora.train.spikes import SpikeError, go_back
 from relora.train.stages import Stage, build, stages, switch
 from relora.train.watch import Watch, watched
 
@@ -62,14 +61,14 @@ def train(config: Config, *, dry_run: bool = False, extend: bool = False, strict
         engine = connect(config)
         engine.world.before_ending(partial(request.last_words, "failed"))
         try:
-            state = newest_state(run, engine.world, strict=strict, may_rename=not dry_run)
-            check_agreement(run, engine, state)
+            state = newest_state(run, engine.world, strict=strict, may_change=not dry_run)
+            check_agreement(run, engine.world, state)
             if is_first():
                 print(header(run, engine, state))
             if dry_run:
                 rehearse(run, engine, state)
             else:
-                train_stages(run, engine, state, request)
+                train_past_spikes(run, engine, state, request)
         except BaseException as error:
             if not request.obeyed:  # else all processes end in the same way
                 engine.world.report_failure(error)
@@ -90,11 +89,26 @@ class Context:
     stop_request: StopRequest
 
 
+def train_past_spikes(run: Run, engine: Engine, state: State, stop_request: StopRequest) -> None:
+    """As `train_stages`, which begins again from an earlier checkpoint for each spike that the run goes back for."""
+    while True:
+        try:
+            train_stages(run, engine, state, stop_request)
+            return
+        except SpikeError as error:
+            spike = error.spike  # the error itself holds the model of the stage
+        go_back(run.folder, engine.world, spike)
+        stop_request.outcome = "going back to an earlier checkpoint; the same command goes on"
+        stop_request.end_postponement()
+        state = newest_state(run, engine.world, may_change=True)
+
+
 def train_stages(run: Run, engine: Engine, state: State, stop_request: StopRequest) -> None:
     """Train the stages of a run from `state` to its end, and write the final model.
 
     Raises:
         Stopped: as `train`.
+        SpikeError: the loss of an update is a spike, and `training.on_spike` is rollback.
     """
     config, folder, writes = run.config, run.folder, engine.world.process_index == 0
     if writes:
@@ -166,11 +180,33 @@ def train_stage(stage: Stage, state: State, context: Context) -> State:
         torch.cuda.reset_peak_memory_stats(engine.world.device)
     callbacks = begin_stage(stage, live, context, is_new=is_new)
     context.stop_request.postpone()
-    if callbacks(state.step, state.skipped) if is_new else callbacks.catch_up(state):
+    if callbacks(state.step, state.history) if is_new else callbacks.catch_up(state):
         stop(state.step, context)
-    training, is_last = run.config.training, stage.end == run.schedule.max_steps
+    loop, is_last = loop_from(state, live, callbacks, context), stage.end == run.schedule.max_steps
+    with closing(loop.batches):  # ends the processes that read ahead
+        try:
+            step, stops = loop.run(state.step, until=stage.end, callbacks_at_end=is_last)
+        except SpikeError:
+            engine.release(live)  # the stage will be built anew
+            raise
+        if stops:
+            stop(step, context)
+    if is_last:
+        return State(step=step, history=loop.history(), stage=stage.name)
+    return switch(live, engine, step=step, history=loop.history())
+
+
+def loop_from(state: State, live: TrainState, callbacks: Callbacks, context: Context) -> Loop:
+    """The loop that goes on from `state`, with the data that come next."""
+    run, engine, training, history = context.run, context.engine, context.run.config.training, state.history
+    samples = run.data.samples(
+        run.config.data,
+        run.config.seed,
+        make_batch=run.task.make_batch,
+        left_out=[(entry.first, entry.end) for entry in history.left_out],
+    )
     batches = micro_batches(
-        run.data.samples(run.config.data, run.config.seed, make_batch=run.task.make_batch),
+        samples,
         start=state.step * training.global_batch_size,
         global_batch_size=training.global_batch_size,
         per_device_batch_size=training.per_device_batch_size,
@@ -179,24 +215,21 @@ def train_stage(stage: Stage, state: State, context: Context) -> State:
         num_workers=run.config.data.num_workers,
         pin_memory=engine.world.device.type == "cuda",
     )
-    with closing(batches):  # ends the processes that read ahead
-        loop = Loop(
-            config=run.config,
-            schedule=run.schedule,
-            engine=engine,
-            state=live,
-            tracker=context.tracker,
-            batches=batches,
-            callbacks=callbacks,
-            stop_request=context.stop_request,
-            num_skipped=state.skipped,
-        )
-        step, stops = loop.run(state.step, until=stage.end, callbacks_at_end=is_last)
-        if stops:
-            stop(step, context)
-    if is_last:
-        return State(step=step, skipped=loop.num_skipped, stage=stage.name)
-    return switch(live, engine, step=step, skipped=loop.num_skipped)
+    return Loop(
+        config=run.config,
+        schedule=run.schedule,
+        engine=engine,
+        state=live,
+        tracker=context.tracker,
+        samples=samples,
+        batches=batches,
+        callbacks=callbacks,
+        stop_request=context.stop_request,
+        losses=Losses(run.schedule, history.losses),
+        left_out=history.left_out,
+        num_skipped=history.skipped,
+        num_spikes=history.spikes,
+    )
 
 
 def begin_stage(stage: Stage, live: TrainState, context: Context, *, is_new: bool) -> Callbacks:
@@ -255,44 +288,6 @@ def rehearse(run: Run, engine: Engine, state: State) -> None:
     if engine.world.process_index == 0:
         print(f"{title(stage)}\n{parameter_report(live.model, engine.store.shape).table()}")
         print(f"dry run: built the model and ran one forward pass, loss {loss:.4f} nats; no run was started")
-
-
-def check_agreement(run: Run, engine: Engine, state: State) -> None:
-    """UserError if the processes hold different data or settings, or would resume from different states."""
-    if not engine.world.all_equal(run.data.manifest.content_hash):
-        raise UserError(["data: the processes of this launch hold different prepared data; compare the sources"])
-    usage = [sorted(run.usage.unfit), sorted(run.usage.idle)]
-    settings = [run.about["fingerprint"], run.config.training.per_device_batch_size, usage]
-    if not engine.world.all_equal(json.dumps([*settings, state.stage, state.step, state.skipped])):
-        raise UserError(
-            [
-                f"output_dir = {run.config.output_dir}: the processes of this launch have different settings, or see "
-                "different checkpoints; it must be one folder on a disk that all nodes share"
-            ]
-        )
-
-
-def header(run: Run, engine: Engine, state: State) -> str:
-    """The engine that really runs, the data, and what the settings amount to."""
-    training, world = run.config.training, engine.world
-    numbers = derived_numbers(run.config, world.num_processes)
-    lines = [
-        f"relora {relora.__version__}: engine {engine.name}, processes {world.num_processes}, device {world.device}, "
-        f"mixed precision {training.mixed_precision}, torch {torch.__version__}",
-        run.data.summary(),
-        ", ".join(f"{key} {value:,}" for key, value in numbers.items()),
-    ]
-    if training.method == "full":
-        lines.append("training.method = full: the settings of relora and lora are not used")
-    lines += run.usage.lines()
-    if state.stage is not None:
-        lines.append(f"resuming from step {state.step}")
-    return "\n".join(lines)
-
-
-def title(stage: Stage) -> str:
-    """The heading of a stage on the screen."""
-    return f"stage {stage.name}: {'low' if stage.is_low_rank else 'full'}-rank to step {stage.end}"
 
 
 @contextmanager

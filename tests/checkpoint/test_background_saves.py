@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from relora.checkpoint.folder_writer import FolderWriter
+from relora.checkpoint.format import History
 from relora.checkpoint.load import complete_checkpoints, open_checkpoint
 from relora.checkpoint.run_folder import RunFolder
 from relora.checkpoint.save import MAX_FAILED_IN_A_ROW, Checkpoints
@@ -65,7 +66,7 @@ class SlowDisk:
             store=SlowStore(), world=SimpleNamespace(sum=list), num_states=1, trained_entries=list, extra_state=dict
         )
         state: Any = TrainState(self.model, self.model, self.optimizer)
-        self.checkpoints.save(state, engine, step, skipped=0, stage="low_rank", cycle=step, about=ABOUT)
+        self.checkpoints.save(state, engine, step, history=History(), stage="low_rank", cycle=step, about=ABOUT)
 
 
 @pytest.fixture

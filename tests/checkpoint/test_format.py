@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from relora.checkpoint.format import FORMAT
+from relora.checkpoint.format import FORMAT, History
 from relora.checkpoint.load import complete_checkpoints, format_problems, open_checkpoint, read_manifest
 from relora.checkpoint.save import Checkpoints
 from relora.config import UserError, check
@@ -112,7 +112,7 @@ def test_an_optimizer_without_a_step_count_has_none_in_the_checkpoint(tmp_path: 
     )
     checkpoints = Checkpoints(tmp_path, limit=None, writes=True)
     about = {"fingerprint": "", "data": ""}
-    checkpoints.save(train_state, engine, 5, skipped=2, stage="full_rank", cycle=0, about=about)
+    checkpoints.save(train_state, engine, 5, history=History(skipped=2), stage="full_rank", cycle=0, about=about)
     [folder] = complete_checkpoints(tmp_path)
     state = open_checkpoint(folder)
     assert (state.step, state.skipped, state.steps) == (5, 2, {})

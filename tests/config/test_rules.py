@@ -123,6 +123,13 @@ JOINED: list[tuple[tuple[str, ...], dict[str, Any], str, dict[str, Any]]] = [
         "lora.forward = merged: lora.lora_dropout = 0.1 drops inputs of A alone; must be 0",
         {"lora": {"forward": "factored", "lora_dropout": 0.1}},
     ),
+    (
+        ("data.skip",),
+        {"data": {"skip": [[0, 3], [7, 7]]}},
+        "data.skip = [[7, 7]]: a pair [first, end] leaves out the samples first <= i < end, so first must be smaller "
+        "than end",
+        {"data": {"skip": [[0, 3], [7, 8]]}},
+    ),
     *(
         (
             ("data.document_mask", "model.attn_implementation"),
