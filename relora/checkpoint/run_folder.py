@@ -163,7 +163,7 @@ def read_run_config(folder: RunFolder) -> Config:
         raise UserError(
             [f"{folder.config}: not the settings of the run (derived.identity): {'; '.join(told[:3])}{more}"]
         )
-    for name, sha256 in dict(derived.get("tokenizer") or {}).items():
+    for name, sha256 in derived["tokenizer"].items():
         path = folder.tokenizer / Path(name).name
         if not path.is_file() or sha256_of(path) != sha256:
             raise UserError([f"{path}: is not what was written; `relora train {folder.config}` writes it again"])
@@ -171,11 +171,12 @@ def read_run_config(folder: RunFolder) -> Config:
 
 
 def _derived(folder: RunFolder) -> dict[str, Any]:
-    """The section `derived` of config.yaml, with `identity` also `expanded`; UserError if it cannot be read."""
+    """The section `derived` of config.yaml, `identity` also `expanded`, `tokenizer` a mapping; UserError if damaged."""
     try:
         derived = parse(folder.config.read_text(encoding="utf-8"))["derived"]
         identity = dict(derived["identity"])
-        return dict(derived) | {"identity": identity, "expanded": expanded(identity)}
+        hashes = {str(name): sha256 for name, sha256 in dict(derived.get("tokenizer") or {}).items()}
+        return dict(derived) | {"identity": identity, "expanded": expanded(identity), "tokenizer": hashes}
     except (OSError, ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         told = str(error) or type(error).__name__
         raise UserError([f"{folder.config}: is not a run's configuration ({told})"]) from None

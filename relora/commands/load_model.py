@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from relora.checkpoint.format import MANIFEST
 from relora.checkpoint.load import complete_checkpoints, step_of
 from relora.checkpoint.run_folder import RunFolder, read_run_config
 from relora.checkpoint.run_model import RunModel, load_run_model
@@ -48,11 +49,18 @@ def load_run(folder: RunFolder, checkpoint: Path, config: Config) -> RunModel:
 
 
 def find_checkpoint(folder: RunFolder, step: int | None) -> Path:
-    """The folder of a run's newest complete checkpoint, or of that of `step`; UserError if there is none."""
+    """The folder of a run's newest checkpoint, or of that of `step`; UserError if it is not there, or not complete."""
     checkpoints = complete_checkpoints(folder.checkpoints)
     if not checkpoints:
         raise UserError([f"{folder.path}: the run has no complete checkpoint yet"])
     if step is None:
+        newest = max(folder.checkpoints.glob("step-*"), key=lambda path: step_of(path) or 0)
+        if newest != checkpoints[-1]:  # a save is renamed when it is complete: something was removed since
+            before = checkpoints[-1]
+            remedy = (
+                f"`relora train` resumes from {before.name}, `relora export --step {step_of(before)}` writes that one"
+            )
+            raise UserError([f"{newest}: is damaged ({MANIFEST} is missing); {remedy}"])
         return checkpoints[-1]
     by_step = {step_of(path): path for path in checkpoints}
     if step not in by_step:

@@ -85,7 +85,8 @@ def _explain(errors: Iterable[ErrorDetails], mapping: Mapping[str, Any], files: 
         key, value = _place(error["loc"], mapping, rules)
         if key not in texts:
             texts[key] = format_value(value)
-        if error["type"] == "missing":
+        # An entry that a list lacks is a matter of the list's form.
+        if error["type"] == "missing" and isinstance(error["loc"][-1], str):
             missing = f"{key}.{error['loc'][-1]}".lstrip(".")
             lines[missing] = f"{missing}: required"
         elif error["type"] == "extra_forbidden":

@@ -93,7 +93,7 @@ def run_results(run: Run) -> Results:
             results.values[name] = eval_loss[at]
         else:
             results.unknown.append(f"the held-out loss at step {at}: its line is not in {run.folder.metrics.name}")
-    if not results.values.get("eval_loss", 0.0) <= math.log(run.vocab_size):
+    if run.task.writes_text and not results.values.get("eval_loss", 0.0) <= math.log(run.vocab_size):
         results.values["worse_than_uniform_guess"] = True
     if manifest.spikes or manifest.left_out:
         results.values |= {"spikes": manifest.spikes, "left_out": len(manifest.left_out)}

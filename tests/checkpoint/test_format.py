@@ -115,7 +115,7 @@ def test_an_optimizer_without_a_step_count_has_none_in_the_checkpoint(tmp_path: 
     checkpoints.save(train_state, engine, 5, history=History(skipped=2), stage="full_rank", cycle=0, about=about)
     [folder] = complete_checkpoints(tmp_path)
     state = open_checkpoint(folder)
-    assert (state.step, state.skipped, state.steps) == (5, 2, {})
+    assert (state.step, state.history.skipped, state.steps) == (5, 2, {})
     assert state.moments.keys() == {"weight", "bias"}
     momentum = optimizer.state[model.weight]["momentum_buffer"]
     assert torch.equal(state.moments["weight"]["momentum_buffer"], momentum)

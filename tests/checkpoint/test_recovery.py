@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from relora.checkpoint.format import HASH, sealed
+from relora.checkpoint.format import HASH, MANIFEST, sealed
 from relora.checkpoint.load import DamagedError, complete_checkpoints, read_manifest
 from relora.checkpoint.verify import checkpoint_problems, newest_whole
 from relora.cli import main
 from relora.config import UserError, check
+from relora.config.yaml12 import dump, parse
 from relora.train.train import train
 from tests.checkpoint.test_resume import assert_same
 from tests.helpers.launch import command, written
@@ -247,6 +248,31 @@ def test_a_damaged_configuration_is_written_again(
     config.write_text("a: [")
     with pytest.raises(UserError, match="is not a run's configuration"):
         train(other)
+
+
+def test_a_checkpoint_that_has_lost_its_manifest_is_not_passed_over(
+    whole: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    run, exported = tmp_path / "run", tmp_path / "exported"
+    shutil.copytree(whole["output_dir"], run)
+    before, newest = complete_checkpoints(run / "checkpoints")[-2:]
+    (newest / MANIFEST).unlink()
+    for words in (["export", str(run), "--output", str(exported)], ["generate", str(run), "--prompt", "red"]):
+        assert main(words) == 2
+        assert f"{newest}: is damaged (MANIFEST.json is missing); `relora train` resumes from {before.name}" in (
+            capsys.readouterr().err
+        )
+    assert main(["export", str(run), "--output", str(exported), "--step", before.name.removeprefix("step-")]) == 0
+
+
+def test_hashes_that_are_no_mapping_are_no_configuration(whole: dict[str, Any], tmp_path: Path, capsys: Any) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole["output_dir"], run)
+    tree = parse((run / "config.yaml").read_text())
+    tree["derived"]["tokenizer"] = ["tokenizer.json"]
+    (run / "config.yaml").write_text(dump(tree))
+    assert main(["export", str(run), "--output", str(tmp_path / "exported")]) == 2
+    assert f"{run / 'config.yaml'}: is not a run's configuration" in capsys.readouterr().err
 
 
 def test_settings_that_were_edited_are_not_evaluated(whole: dict[str, Any], tmp_path: Path, capsys: Any) -> None:

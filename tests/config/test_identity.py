@@ -51,6 +51,7 @@ NOT_PART_OF_THE_RUN = {
         ("relora.optimizer_reset", "zero, magnitude, random, keep or module:attribute"),
         ("optim.name", "adamw, adamw_fused, adamw_8bit or module:attribute"),
         ("training.task", "causal_lm or module:attribute"),
+        ("data.skip", "a list of pairs of integers >= 0"),
         ("training.report_to", "a list of names, each tensorboard or module:attribute"),
         ("relora.prune_ratio", "a number > 0 and <= 1"),
         ("schedule.min_lr_ratio", "a number >= 0 and <= 1"),

@@ -41,7 +41,8 @@ def test_each_right_value_is_taken_as_it_is(key: str) -> None:
         if key == "data.sources":
             assert [source.path for source in config.data.sources] == [source["path"] for source in value]
         else:
-            assert value_of(config, key) == value
+            found = value_of(config, key)
+            assert ([list(pair) for pair in found] if key == "data.skip" else found) == value
             assert isinstance(value_of(config, key), bool) == isinstance(value, bool)
 
 

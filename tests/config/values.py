@@ -12,7 +12,7 @@ from tests.config.tree import FIELDS
 
 OF_ANY_KIND = [
     *("", "nonsense", "5", "true", 5, -3, 0, 2.5, -0.5, True, False, None, math.nan, math.inf, -math.inf),
-    *([], ["a"], [""], [5], {}, {"a": 1}),
+    *([], ["a"], [""], [5], {}, {"a": 1}, [[3, 5]], [[3, -5]], [[3]], [[0, 1, 2]], [3, 5]),
     *(
         "a:b",
         "package.module:Name",
@@ -36,6 +36,8 @@ def allows(kind: Any, metadata: list[Any], value: Any) -> bool:
         return any(allows(arg, metadata, value) for arg in args)
     if origin is Literal:
         return isinstance(value, str) and value in args
+    if origin is tuple and args[-1] is not Ellipsis:
+        return isinstance(value, list) and len(value) == len(args) and all(map(allows, args, [[]] * len(args), value))
     if origin is tuple:
         right = isinstance(value, list) and len(value) >= limit(metadata, "min_length", 0)
         return right and all(allows(args[0], [], item) for item in value)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from relora.data import eval_batches, micro_batches
-from relora.data.batches import NO_TOKENS, Row, make_batch
+from relora.data.batches import NO_TOKENS, Row, disjoint, index_of, make_batch
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def test_each_pass_reads_every_token_of_a_source_once(samples):
             by_row = sorted(read, key=lambda entry: entry[0])
             assert [row for row, _ in by_row] == list(range(rows[source]))
             labels = torch.cat([sample["labels"] for _, sample in by_row])
-            expected = stream.span(0, stream.num_tokens).tokens
+            expected = np.concatenate([stream.row(r).tokens for r in range(stream.num_rows)])
             assert stream.num_tokens % stream.sequence_length  # there is a tail
             assert labels[: len(expected)].tolist() == expected.tolist() and (labels[len(expected) :] == -100).all()
             ids = torch.cat([sample["input_ids"] for _, sample in by_row])
@@ -59,6 +59,20 @@ def test_each_pass_reads_every_token_of_a_source_once(samples):
     first = [samples.locate(i)[0] for i in range(400)]
     assert first.count(0) == 300
     assert samples.passes(400) == [300 / rows[0], 100 / rows[1]]
+
+
+RANGES = [(40, 55), (3, 7), (50, 60), (7, 9), (0, 1), (200, 10**9)]
+
+
+def test_what_is_left_out_never_comes_and_all_else_in_its_order(prepared, data, samples):
+    kept = [i for i in range(200) if not any(first <= i < end for first, end in RANGES)]
+    assert [index_of(i, disjoint(RANGES)) for i in range(len(kept))] == kept
+    assert index_of(len(kept), disjoint(RANGES)) == 10**9
+    assert disjoint([]) == () and index_of(17, ()) == 17
+    fewer = prepared.samples(data.model_copy(update={"skip": ((3, 7),)}), 7, left_out=RANGES)
+    assert [fewer.locate(i) for i in range(len(kept))] == [samples.locate(i) for i in kept]
+    taken = [fewer.locate(i)[0] for i in range(150)]
+    assert fewer.passes(150) == [taken.count(k) / stream.num_rows for k, stream in enumerate(samples.streams)]
 
 
 def test_samples_are_int64_vectors_and_a_pure_function_of_the_position(prepared, data, samples):

@@ -16,8 +16,9 @@ def prepared(two_sources, prepared_of, monkeypatch):
     return prepared_of(two_sources())
 
 
-def whole(stream):
-    row = stream.span(0, stream.num_tokens)
+def whole(record, folder):
+    """All tokens of a stream in one row."""
+    row = TokenStream(folder, record, record.tokens).row(0)
     return row.tokens, row.starts
 
 
@@ -33,7 +34,8 @@ def test_rows_hold_every_token_once_across_all_borders(prepared, length):
         assert len(tokens) == record.tokens
         # A document begins where one ended: the borders come from the offsets, EOS from the tokens.
         assert starts.tolist() == [0, *(np.flatnonzero(tokens == eos)[:-1] + 1)] and len(starts) == record.documents
-        assert np.array_equal(tokens, whole(stream)[0]) and np.array_equal(starts, whole(stream)[1])
+        whole_tokens, whole_starts = whole(record, prepared.folder)
+        assert np.array_equal(tokens, whole_tokens) and np.array_equal(starts, whole_starts)
         with pytest.raises(IndexError, match=f"row {stream.num_rows} of {stream.num_rows}"):
             stream.row(stream.num_rows)
 

@@ -87,11 +87,11 @@ def test_what_the_launcher_asks_for_is_what_trains(engine: str, told: Told) -> N
         assert line["recomputes"] == (engine == "fsdp2_offloaded")
 
 
-@pytest.mark.parametrize("kind", ["nan", "loss"])
+@pytest.mark.parametrize("kind", ["nan", "loss", "spike"])
 def test_a_bad_update_of_one_rank_is_made_by_none(told: Told, kind: str) -> None:
     for line in both(told, f"bad {kind}"):
         assert line["skipped"]
-        assert line["loss"] == {"nan": "nan", "loss": "inf"}[kind]
+        assert line["loss"] == {"nan": "nan", "loss": "inf"}[kind] if kind != "spike" else 1 < float(line["loss"]) < 1e3
         assert (line["weights_off"], line["slots_off"]) == (0, 0)
         assert line["steps_equal"]
     for line in both(told, "after bad"):

@@ -67,6 +67,7 @@ def main() -> None:
     tell("bad nan", **bad_update(engine, live, all_nan))  # before there is any optimizer state
     updates(engine, live, BEFORE_RESTART[:1])
     tell("bad loss", **bad_update(engine, live, only_loss_infinite))
+    tell("bad spike", **bad_update(engine, live, lambda logits: logits, max_loss=1.0))
     updates(engine, live, BEFORE_RESTART[1:])
     tell("after bad", off=largest_difference(weights_of(engine, live), expected["before restart"]))
 
@@ -192,8 +193,9 @@ def begin(
     return live
 
 
-def one_update(engine: Engine, live: TrainState, number: int) -> Update:
-    return engine.update(live, micro_batches(number, engine.world.process_index), seeds=[0, 0], stop=False)
+def one_update(engine: Engine, live: TrainState, number: int, *, max_loss: float = 1e3) -> Update:
+    batches = micro_batches(number, engine.world.process_index)
+    return engine.update(live, batches, seeds=[0, 0], stop=False, max_loss=max_loss)
 
 
 def updates(engine: Engine, live: TrainState, numbers: Sequence[int]) -> None:
@@ -327,10 +329,12 @@ def only_loss_infinite(logits: Tensor) -> Tensor:
     return logits.index_fill(-1, label, -math.inf)
 
 
-def bad_update(engine: Engine, live: TrainState, change: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+def bad_update(
+    engine: Engine, live: TrainState, change: Callable[[Tensor], Tensor], *, max_loss: float = 1e3
+) -> dict[str, Any]:
     before = snapshot(engine, live)
     with hooked(engine, live, change):
-        update = one_update(engine, live, BAD)
+        update = one_update(engine, live, BAD, max_loss=max_loss)
     after = snapshot(engine, live)
     return {
         "skipped": update.skipped.item(),
