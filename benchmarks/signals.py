@@ -164,8 +164,8 @@ def timed(*arguments: str) -> float:
     return time.monotonic() - start_s
 
 
-def write_config(folder: Path, corpus: Path, name: str) -> str:
-    """A run of a few seconds, half of them evaluations, that saves at every third update."""
+def write_config(folder: Path, corpus: Path, name: str, **of_training: Any) -> str:
+    """A run of a few seconds, half of them evaluations, that saves at every third update unless told otherwise."""
     data = {"sources": [{"path": str(corpus)}], "sequence_length": 32, "eval_fraction": 0.1, "num_proc": 2}
     training = {"max_steps": 12, "global_batch_size": 8, "per_device_batch_size": 4, "per_device_eval_batch_size": 1}
     training |= {"eval_steps": 4, "save_steps": 3, "logging_steps": 1, "probe_steps": 1, "mixed_precision": "no"}
@@ -176,7 +176,7 @@ def write_config(folder: Path, corpus: Path, name: str) -> str:
         "lora": {"r": 4},
         "relora": {"restart_every": 3, "warm_start_steps": 4},
         "schedule": {"warmup_steps": 2, "restart_warmup_steps": 1},
-        "training": training | {"report_to": []},
+        "training": training | {"report_to": []} | of_training,
     }
     path = folder / f"{name}.json"  # JSON is YAML
     path.write_text(json.dumps(tree))

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -43,18 +44,34 @@ def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def publish(tables: Mapping[str, Sequence[Row]], limits: Sequence[Limit], *, json_path: Path | None) -> None:
-    """Print the tables, each under its title, and the limits; write both to `json_path`, unrounded."""
+def publish(tables: Mapping[str, Sequence[Row]], limits: Sequence[Limit], *, json_path: Path | None) -> str:
+    """Print the tables, each under its title, and the limits, and return what was printed.
+
+    Both are written to `json_path` too, unrounded.
+    """
     command = " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
-    print(f"`{command}`\n\n{machine()}")
-    for title, rows in tables.items():
-        print(f"\n{title}\n\n{table(rows)}")
+    parts = [f"`{command}`", machine(), *(f"{title}\n\n{table(rows)}" for title, rows in tables.items())]
     if limits:
-        print("\n" + "\n".join(f"- {limit}" for limit in limits))
+        parts.append("\n".join(f"- {limit}" for limit in limits))
+    text = "\n\n".join(parts)
+    print(text)
     if json_path is not None:
         told = [asdict(limit) | {"is_met": limit.is_met} for limit in limits]
         content = {"command": command, "machine": machine(), "tables": tables, "limits": told}
         json_path.write_text(json.dumps(content, indent=1) + "\n")
+    return text
+
+
+def write_section(page: Path, title: str, text: str) -> None:
+    """Put `text` under the heading `# title` of a page, in place of what stands there, or at its end."""
+    content = page.read_text() if page.exists() else ""
+    sections = [part for part in re.split(r"^(?=# )", content, flags=re.MULTILINE) if part.strip()]
+    new = f"# {title}\n\n{text.strip()}\n"
+    if any(part.startswith(f"# {title}\n") for part in sections):
+        sections = [new if part.startswith(f"# {title}\n") else part for part in sections]
+    else:
+        sections.append(new)
+    page.write_text("\n".join(part.rstrip() + "\n" for part in sections))
 
 
 def table(rows: Sequence[Row]) -> str:

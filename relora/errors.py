@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -49,22 +50,47 @@ def raise_if_any(problems: Iterable[str]) -> None:
         raise UserError(found)
 
 
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What a disk or its permissions answer: a fact about the machine, of which a traceback tells nothing.
 DISK_ERRORS = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO),
+    *(*DISK_IS_FULL, errno.EROFS, errno.EIO),
     *(errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOTCONN, errno.ENODEV),
 )
 
 
 @contextmanager
 def disk_errors_name(path: Path) -> Iterator[None]:
-    """Within this, an OSError that names no file names `path`: those of writing and flushing name none."""
+    """Within this, a disk's OSError that names no file names `path`: those of writing and flushing name none.
+
+    What a library, or a process that it has started, makes of a full disk becomes such an OSError again.
+    """
     try:
         yield
-    except OSError as error:
-        if error.filename is None:
-            error.filename = str(path)
+    except (UserError, Failed):
         raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.filename is None and error.errno in DISK_ERRORS:
+                error.filename = str(path)
+            raise
+        number = _full_disk_behind(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _full_disk_behind(error: BaseException) -> int | None:
+    """The errno of a full disk, if one is behind `error`: as an OSError, or in the words of Rust or another process."""
+    cause: BaseException | None = error
+    while cause is not None:
+        numbers = [cause.errno] if isinstance(cause, OSError) else []
+        # tokenizers: "No space left on device (os error 28)"; multiprocessing: the text of a traceback
+        numbers += [int(text) for text in re.findall(r"(?:\(os error |\[Errno )(\d+)[)\]]", str(cause))]
+        for number in numbers:
+            if number in DISK_IS_FULL:
+                return number
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def disk_failure(error: OSError) -> str | None:
@@ -72,4 +98,4 @@ def disk_failure(error: OSError) -> str | None:
     if error.errno not in DISK_ERRORS:
         return None
     place = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
-    return f"{place}{error.strerror}; the same command goes on when this is mended"
+    return f"{place}{error.strerror or os.strerror(error.errno)}; the same command goes on when this is mended"

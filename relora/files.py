@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from relora.errors import disk_errors_name
+from relora.errors import DISK_IS_FULL, disk_errors_name
 
 DAMAGED = ".damaged"
 DRAFTS = ".*.draft"
@@ -28,6 +28,11 @@ FILE_SUFFIXES = frozenset(
 
 
 def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Replace the content of `path` in one step: a reader sees the old file or the new one, never a part.
 
     A link at `path` is replaced, not followed; a folder there is set aside.
@@ -36,8 +41,8 @@ def write_text(path: Path, text: str) -> None:
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft")
     try:
         # "x" creates the file or fails: nobody's draft, and no link that lies there, is written through.
-        with disk_errors_name(path), draft.open("x", encoding="utf-8") as file:
-            file.write(text)
+        with disk_errors_name(path), draft.open("xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         if path.is_dir() and not path.is_symlink():
@@ -245,6 +250,9 @@ def write_problems(setting: str, path: str) -> list[str]:
 
     Args:
         setting: the path as the user gave it, such as `output_dir = runs/x`.
+
+    Raises:
+        OSError: the disk is full, which is no mistake of the setting.
     """
     problems = folder_problems(setting, path)
     if problems:
@@ -252,9 +260,11 @@ def write_problems(setting: str, path: str) -> list[str]:
     nearest = next(place for place in (Path(path), *Path(path).absolute().parents) if place.exists())
     try:
         # The system alone knows: permissions, a file system that is read-only or full, limits of the user.
-        with tempfile.TemporaryDirectory(dir=nearest, prefix=".relora-") as folder:
+        with disk_errors_name(nearest), tempfile.TemporaryDirectory(dir=nearest, prefix=".relora-") as folder:
             (Path(folder) / "test").write_bytes(b"test")
     except OSError as error:
+        if error.errno in DISK_IS_FULL:
+            raise OSError(error.errno, error.strerror, str(nearest)) from None  # not the name of the trial
         return [f"{setting}: {nearest} cannot be written to ({error.strerror or error})"]
     return []
 

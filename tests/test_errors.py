@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from relora.cli import main
-from relora.errors import EXIT_FAILED, disk_failure
+from relora.errors import EXIT_FAILED, Failed, disk_errors_name, disk_failure
 from relora.files import write_text
 from tests.helpers.full_disk import no_file_over
 
@@ -25,6 +25,34 @@ def test_a_file_that_cannot_be_written_is_named_and_stays_what_it_was(tmp_path: 
 
 def test_an_error_that_is_not_the_disks_keeps_its_traceback() -> None:
     assert disk_failure(FileNotFoundError(errno.ENOENT, "No such file or directory", "x")) is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Exception("No space left on device (os error 28)"),  # of Rust
+        ValueError("I/O operation on closed file"),  # of another process, in the words of multiprocessing
+        OSError("[Errno 28] Error writing bytes to file"),  # of a library that forgot the number
+    ],
+)
+def test_a_full_disk_in_the_words_of_a_library(error: Exception, tmp_path: Path) -> None:
+    if isinstance(error, ValueError):
+        error.__cause__ = Exception('"""\nTraceback ...\nOSError: [Errno 28] No space left on device\n"""')
+    with pytest.raises(OSError) as raised, disk_errors_name(tmp_path):
+        raise error
+    assert (
+        disk_failure(raised.value)
+        == f"{tmp_path}: No space left on device; the same command goes on when this is mended"
+    )
+    assert raised.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [ValueError("5"), BrokenPipeError(errno.EPIPE, "x"), Failed("(os error 28)")])
+def test_other_errors_stay_what_they_are(error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(type(error)) as raised, disk_errors_name(tmp_path):
+        raise error
+    assert raised.value is error
+    assert getattr(error, "filename", None) is None
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch import nn
 from relora.checkpoint.format import TEMPORARY_PREFIX, sealed
 from relora.checkpoint.portable import GENERATION, make_portable, write
 from relora.checkpoint.run_model import RunModel
-from relora.errors import Failed, UserError
+from relora.errors import Failed, UserError, disk_errors_name
 from relora.files import publish_folder, remove, sha256_of, write_json
 from relora.model.tasks import Task
 from relora.text import code_block, without_secrets
@@ -80,8 +80,9 @@ def export_model(
     cast(exported.model, dtype)
     try:
         remove(temporary)
-        write_folder(exported, temporary, card=card, about=about)
-        publish_folder(temporary, folder)
+        with disk_errors_name(folder):
+            write_folder(exported, temporary, card=card, about=about)
+            publish_folder(temporary, folder)
     except (OSError, SafetensorError) as error:
         needed_mb = sum(tensor.nbytes for tensor in exported.model.state_dict().values()) / 1e6
         reason = f"{folder}: the model could not be written ({error}); it takes {needed_mb:,.0f} MB"

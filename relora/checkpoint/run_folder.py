@@ -21,7 +21,7 @@ from relora.config.derived import expanded, fingerprint
 from relora.config.derived import identity as identity_of
 from relora.config.yaml12 import dump, format_value, parse
 from relora.engines import is_first
-from relora.errors import warn
+from relora.errors import DISK_IS_FULL, warn
 from relora.files import json_of, sha256_of, write_json, write_text
 from relora.text import without_secrets
 
@@ -59,6 +59,8 @@ class RunFolder:
         except Timeout:
             raise UserError([f"output_dir = {self.path}: another process is training in it"]) from None
         except OSError as error:
+            if error.errno in DISK_IS_FULL:
+                raise
             raise UserError([f"output_dir = {self.path}: its lock cannot be taken ({error})"]) from None
         try:
             yield

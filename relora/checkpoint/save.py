@@ -74,6 +74,7 @@ class Checkpoints:
         self._copies = HostCopies(keep=writes)
         self._in_flight: tuple[int, Future[None]] | None = None  # the step, and its writing
         self._num_failed = 0  # in a row
+        self._not_removed: OSError | None = None
         self._longest_s: float | None = None
 
     def save(
@@ -172,7 +173,7 @@ class Checkpoints:
         facts: Mapping[str, Any],
         began_s: float,
     ) -> None:
-        """Write a folder and remove those beyond the limit.
+        """Write a folder and remove those beyond the limit; where that fails, the new one stands nevertheless.
 
         Raises:
             OSError: the disk is full or fails. The temporary folder is gone then, so that it takes no room.
@@ -184,19 +185,27 @@ class Checkpoints:
             for group, entries in groups.items():
                 writer.write(group, entries)
             writer.publish(facts)
-            if self.writes and self.limit is not None:
-                for folder in complete_checkpoints(self.folder)[: -self.limit]:
-                    # Under a temporary name first: a kill in between leaves no damaged checkpoint.
-                    doomed = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
-                    remove(doomed)
-                    remove(folder.rename(doomed))
         except OSError:
             shutil.rmtree(writer.temporary, ignore_errors=True)
             raise
+        try:
+            for folder in complete_checkpoints(self.folder)[: -self.limit] if self.writes and self.limit else []:
+                # Under a temporary name first: a kill in between leaves no damaged checkpoint.
+                doomed = folder.with_name(f"{TEMPORARY_PREFIX}{folder.name}")
+                remove(doomed)
+                remove(folder.rename(doomed))
+        except OSError as error:
+            self._not_removed = error
         self._longest_s = max(time.perf_counter() - began_s, self._longest_s or 0.0)
 
     def _note(self, step: int, error: BaseException | None) -> None:
         """Count the failures in a row; warn of a few, and end the run at the third."""
+        if self._not_removed is not None:
+            left, self._not_removed = self._not_removed, None
+            place = left.filename or self.folder
+            self._warn(
+                f"after the checkpoint of step {step} an older one could not be removed: {place}: {left.strerror}"
+            )
         if error is None:
             self._num_failed = 0
             return

@@ -1,13 +1,14 @@
 """`relora report RUN [RUN ...]`: plots and one HTML page, several runs side by side."""
 
 import html
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from relora.checkpoint.run_folder import RunFolder
 from relora.config import UserError, raise_if_any
-from relora.files import folder_problems, write_text
+from relora.files import folder_problems, write_bytes, write_text
 from relora.tracking.metrics_file import has_number, read_metrics
 from relora.tracking.plots import INSTALL, has_matplotlib
 
@@ -31,13 +32,14 @@ def report(runs: Sequence[str], output: str | None) -> None:
     names = [Path(run).resolve().name for run in found]
     lines = {name if names.count(name) == 1 else run: found[run] for run, name in zip(found, names, strict=True)}
     folder.mkdir(parents=True, exist_ok=True)
-    draw(lines, folder / "overview.png")
+    picture = draw(lines)
+    write_bytes(folder / "overview.png", picture)
     write_text(folder / "index.html", page(lines))
     print(f"report: {folder / 'index.html'}")
 
 
-def draw(runs: dict[str, Lines], path: Path) -> None:
-    """Plot loss, learning rate, rank of the updates and throughput over the steps; restarts as dotted lines."""
+def draw(runs: dict[str, Lines]) -> bytes:
+    """Plot loss, learning rate, rank of the updates and throughput over the steps, as PNG; restarts as dotted lines."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -63,7 +65,9 @@ def draw(runs: dict[str, Lines], path: Path) -> None:
         axis.set_xlabel("step (dotted: restarts)")
     for text in axes[0, 0].legend(fontsize=7).get_texts():
         text.set_parse_math(False)  # a dollar sign in the name of a run is one
-    figure.savefig(path)
+    content = io.BytesIO()
+    figure.savefig(content)
+    return content.getvalue()
 
 
 def plot(axis: Any, lines: Lines, key: str, **style: Any) -> None:

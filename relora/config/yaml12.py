@@ -65,7 +65,9 @@ class Dumper(yaml.SafeDumper):
         """A string, in quotes where a reader of YAML 1.1 would take it for something else, such as `no`."""
         tag: str = _READER_1_1.resolve(yaml.ScalarNode, text, (True, False))  # type: ignore[no-untyped-call]
         plain = None if tag == f"{_TAG}str" else "'"
-        return self.represent_scalar(f"{_TAG}str", text, style='"' if "\n" in text else plain)
+        # YAML has five line breaks, and folds them outside of double quotes.
+        has_breaks = any(sign in text for sign in "\n\r\x85\u2028\u2029")
+        return self.represent_scalar(f"{_TAG}str", text, style='"' if has_breaks else plain)
 
 
 _READER_1_1 = yaml.SafeLoader("")

@@ -39,7 +39,7 @@ from relora.data.tokenizer import (
     train_tokenizer,
     with_bos,
 )
-from relora.errors import UserError, raise_if_any
+from relora.errors import UserError, disk_errors_name, raise_if_any
 from relora.files import publish_folder, sha256_of, write_json
 
 FEW_DOCUMENTS = 10
@@ -91,7 +91,8 @@ def prepare(
         with lock_of(wanted.folder, data.prepared_dir), progress_bars(shown=not quiet):
             prepared = complete(wanted.folder, wanted.key, sets_aside=True)  # another process may have been first
             if prepared is None:
-                write_prepared(wanted, quiet=quiet)
+                with disk_errors_name(wanted.folder):
+                    write_prepared(wanted, quiet=quiet)
                 prepared = open_prepared(wanted.folder)
     raise_if_any(vocabulary_problems(wanted, prepared))
     for remark in remarks(prepared, data) if not quiet else []:

@@ -22,7 +22,7 @@ from relora.data.cache_key import CacheKey, key_problems
 from relora.data.dataset import TOKENIZER_FOLDER, PreparedData, verified
 from relora.data.manifest import MANIFEST, DamagedError, hash_of_json, read_json
 from relora.data.tokenize import TOKENS_FOLDER
-from relora.errors import UserError, raise_if_any
+from relora.errors import DISK_IS_FULL, UserError, raise_if_any
 from relora.files import DRAFTS, write_json
 
 LOCK = ".lock"
@@ -109,6 +109,8 @@ def lock_of(folder: Path, prepared_dir: str | None) -> Iterator[None]:
             logger.warning("waiting for another process that is preparing %s", folder)
             lock.acquire()
     except OSError as error:
+        if error.errno in DISK_IS_FULL:
+            raise
         cache = f"the cache {str(folder)!r} (data.prepared_dir or the variable RELORA_CACHE chooses another folder)"
         setting = cache if prepared_dir is None else f"data.prepared_dir = {str(folder)!r}"
         raise UserError([f"{setting}: not a folder to write to: {error}"]) from error

@@ -7,6 +7,7 @@ Only the first process has sinks; the tracker of every other process is `Tracker
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -215,6 +216,7 @@ class TensorBoard(Sink):
         super().__init__(context)
         start = context.start_step
         self.folder = RunFolder(context.folder).tensorboard
+        self._hook, threading.excepthook = threading.excepthook, self._thread_failed
         wait_until_newest(self.folder)
         self._board = SummaryWriter(str(self.folder), purge_step=0 if start is None else start + 1)
         if not has_matplotlib():
@@ -260,8 +262,16 @@ class TensorBoard(Sink):
             self._begin_again()
 
     def close(self) -> None:
-        with suppress(FileNotFoundError):
-            self._board.close()
+        try:
+            with suppress(FileNotFoundError):
+                self._board.close()
+        finally:
+            threading.excepthook = self._hook
+
+    def _thread_failed(self, failure: Any) -> None:
+        """Say nothing of the writer's thread, whose error the next call of the board raises here; else as before."""
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self._hook(failure)
 
     def _begin_again(self) -> None:
         """Open a new file of events, in the folder made anew: that of the old one is gone."""

@@ -18,7 +18,7 @@ from relora.checkpoint.verify import open_stage_start
 from relora.config import Config
 from relora.data import micro_batches
 from relora.engines import Engine, TrainState, connect, is_first
-from relora.errors import Failed, Stopped, raise_if_any
+from relora.errors import Failed, Stopped, disk_errors_name, raise_if_any
 from relora.files import write_json
 from relora.method.parameter_report import describe_routes, parameter_report
 from relora.tracking.tracker import SinkContext, Tracker, open_tracker
@@ -68,7 +68,8 @@ def train(config: Config, *, dry_run: bool = False, extend: bool = False, strict
             if dry_run:
                 rehearse(run, engine, state)
             else:
-                train_past_spikes(run, engine, state, request)
+                with disk_errors_name(folder.path):
+                    train_past_spikes(run, engine, state, request)
         except BaseException as error:
             if not request.obeyed:  # else all processes end in the same way
                 engine.world.report_failure(error)

@@ -1,5 +1,6 @@
 """Saves in the background: training goes on, the bytes are the same, and a disk that fails costs no run."""
 
+import errno
 import json
 import shutil
 import threading
@@ -132,6 +133,29 @@ def test_a_save_that_finds_no_room_says_what_it_needs_and_the_count_begins_anew_
     # 12 + 8 weights and 2 * 8 moments of 4 bytes: 144
     assert all("No space left on device, 0 MiB are needed" in warning for warning in slow.warnings)
     assert [path.name for path in slow.folder.iterdir()] == ["step-00000003"]
+
+
+def test_an_old_checkpoint_that_stays_is_no_new_one_that_failed(
+    slow: SlowDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow.go.set()
+    slow.update()
+    slow.checkpoints.limit = 1
+
+    def failing(path: Path) -> None:
+        if path.exists() and path.name == ".tmp-step-00000001":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("relora.checkpoint.save.remove", failing)
+    for step in (1, 2):
+        slow.save(step)
+        assert slow.checkpoints.wait()
+    [warning] = slow.warnings
+    assert warning == (
+        "after the checkpoint of step 2 an older one could not be removed: "
+        f"{slow.folder / '.tmp-step-00000001'}: Input/output error"
+    )
+    assert checkpoint_problems(slow.folder / "step-00000002") == []
 
 
 def hashes(run: Path) -> dict[str, Any]:

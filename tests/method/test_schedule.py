@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from relora import lr_multiplier
 from relora.method.schedule import Schedule
@@ -122,6 +124,37 @@ def test_stages_and_restarts_agree(shape: Shape) -> None:
     assert names == ["full_rank"] * ws + ["low_rank"] * (shape.max_steps - ws)
     for t, name in enumerate(names):
         assert not (schedule.restart_due(t) and name == "full_rank")
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> Shape:
+    """Any shape that is allowed."""
+    max_steps, rewarm = draw(st.integers(1, 120)), draw(st.integers(0, 20))
+    return Shape(
+        max_steps=max_steps,
+        warmup_steps=draw(st.integers(0, max_steps - 1)),
+        restart_every=draw(st.none() | st.integers(max(1, rewarm), 60)),
+        restart_warmup_steps=rewarm,
+        min_lr_ratio=draw(st.floats(0, 1)),
+        warm_start_steps=draw(st.integers(0, max_steps - 1)),
+    )
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(shapes())
+def test_any_schedule_is_the_pinned_formula_and_trains_at_every_step(shape: Shape) -> None:
+    schedule = Schedule(**asdict(shape))
+    expected = table(shape, shape.max_steps + 20)
+    # Asked in any order, as by runs that resume.
+    computed = {t: schedule.multiplier(t) for t in reversed(range(shape.max_steps))}
+    for t, value in computed.items():
+        assert value == pytest.approx(expected[t], rel=1e-12, abs=1e-15)
+        assert 0 < value <= 1
+    restarts = [s for s in starts(shape) if s != shape.warm_start_steps]
+    assert [t for t in range(shape.max_steps + 20) if schedule.restart_due(t)] == restarts
+    for s in starts(shape):
+        climb = [schedule.multiplier(t) for t in range(s, min(s + shape.restart_warmup_steps, shape.max_steps))]
+        assert climb == sorted(climb)
 
 
 def test_a_run_without_restarts_never_restarts() -> None:
