@@ -72,7 +72,8 @@ class Checkpoints:
         self._in_background, self._warn = in_background, warn
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copies = HostCopies(keep=writes)
-        self._in_flight: tuple[int, Future[None]] | None = None  # the step, and its writing
+        # The step, its writing, and the model, without whose layers the store would not find the exact masters.
+        self._in_flight: tuple[int, Future[None], nn.Module] | None = None
         self._num_failed = 0  # in a row
         self._not_removed: OSError | None = None
         self._longest_s: float | None = None
@@ -119,7 +120,7 @@ class Checkpoints:
             return
         copies = self._copies.take(groups)
         if self.writes:
-            self._in_flight = step, self._thread.submit(write, copies)
+            self._in_flight = step, self._thread.submit(write, copies), train_state.model
 
     def wait(self) -> bool:
         """Wait for the save in flight, and return whether the newest checkpoint that was due is on the disk.
@@ -128,8 +129,9 @@ class Checkpoints:
             Failed: as `save`.
         """
         if self._in_flight is not None:
-            (step, writing), self._in_flight = self._in_flight, None
-            self._note(step, writing.exception())
+            step, writing, _ = self._in_flight
+            error, self._in_flight = writing.exception(), None
+            self._note(step, error)
         return self._num_failed == 0
 
     def close(self) -> None:

@@ -214,7 +214,7 @@ def loop_from(state: State, live: TrainState, callbacks: Callbacks, context: Con
         process_index=engine.world.process_index,
         num_processes=engine.world.num_processes,
         num_workers=run.config.data.num_workers,
-        pin_memory=engine.world.device.type == "cuda",
+        pin_memory=engine.world.device.type != "cpu",
     )
     return Loop(
         config=run.config,

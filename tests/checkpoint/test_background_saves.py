@@ -1,6 +1,7 @@
 """Saves in the background: training goes on, the bytes are the same, and a disk that fails costs no run."""
 
 import errno
+import gc
 import json
 import shutil
 import threading
@@ -188,6 +189,24 @@ def test_a_restart_waits_for_the_save_that_reads_the_weights_which_it_changes(
 
     def slowly(writer: FolderWriter, num_bytes: int) -> None:
         time.sleep(1)  # far longer than an update
+        reserve(writer, num_bytes)
+
+    monkeypatch.setattr(FolderWriter, "reserve", slowly)
+    train(config(corpus, tmp_path / "background", **settings))
+    assert hashes(tmp_path / "background") == hashes(tmp_path / "within")
+
+
+def test_the_last_save_reads_the_exact_masters_though_training_has_ended_meanwhile(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The save of the last step is the first of its cycle: it writes the frozen weights.
+    settings = {"training__save_steps": 9, "training__max_steps": 9, "lora__base_dtype": "bfloat16"}
+    train(config(corpus, tmp_path / "within", training__async_save=False, **settings))
+    reserve = FolderWriter.reserve
+
+    def slowly(writer: FolderWriter, num_bytes: int) -> None:
+        time.sleep(1)  # training ends
+        gc.collect()
         reserve(writer, num_bytes)
 
     monkeypatch.setattr(FolderWriter, "reserve", slowly)
