@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import machine, write_section
+
 LIMIT_S, HANG_S = 2.0, 60  # of the processor, and by the clock: other programs may have the processor meanwhile
 GIB = 2**30
 MODEL: dict[str, Any] = {
@@ -348,8 +350,10 @@ def main() -> int:
     parser.add_argument("--number", type=int, default=1000, help="number of inputs (default: %(default)s)")
     parser.add_argument("--first", type=int, default=0, help="number of the first input (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of all inputs (default: %(default)s)")
+    parser.add_argument("--write", type=Path, help="write a section there, such as docs/results/reliability.md")
     parser.add_argument("--json", help="write the counts and the failures to this file")
     options = parser.parse_args()
+    page = None if options.write is None else options.write.absolute()
     json_path = None if options.json is None else Path(options.json).absolute()
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     resource.setrlimit(resource.RLIMIT_AS, (24 * GIB, 24 * GIB))  # a table of 2^31 rows is an error, not a dead machine
@@ -368,7 +372,13 @@ def main() -> int:
                 print(f"{index} {case.kind} {case.command}: {case.change}\n    {failure}", file=sys.stderr, flush=True)
         os.chdir("/")
     result = {"number": options.number, "kinds": dict(counts), "slowest_s": round(slowest, 2), "failures": failures}
-    print(f"{options.number} mutated inputs {dict(counts)}: {len(failures)} failures, slowest {slowest:.2f} s")
+    kinds = ", ".join(f"{count:,} of {kind}" for kind, count in sorted(counts.items()))
+    text = f"{options.number:,} mutated inputs ({kinds}): {len(failures)} failures, the slowest took {slowest:.2f} s."
+    print(text)
+    if page is not None:
+        command = " ".join(["python -m benchmarks.mutations", *sys.argv[1:]])
+        told = f"{(__doc__ or '').split(chr(10) * 2)[2]}\n\n`{command}`\n\n{machine()}\n\n{text}"
+        write_section(page, "Mutated inputs", told)
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=1) + "\n")
     return 1 if failures else 0

@@ -4,9 +4,9 @@
     python -m benchmarks.reliability --sample 40          # so many cases, drawn by --seed
     python -m benchmarks.reliability --write docs/results/reliability.md
 
-One tiny run is stopped halfway, another has finished. Each case damages a copy and gives the command that trained it
-again, in this process. It counts as recovered if the final weights, the checkpoint of the last step and the metrics are
-those of a run without damage; lines of metrics may be missing where a warning says so. A refusal is the exit code 2
+One tiny run is stopped halfway, another has finished; there are prepared data. Each case damages a copy and gives the
+command again, in this process. It counts as recovered if the final weights, the checkpoint of the last step and the
+metrics are those of a run without damage; lines of metrics may be missing where a warning says so. A refusal is the exit code 2
 with one line, and the folder as it was, a lock and a status apart.
 """
 
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import os
 import random
 import shutil
@@ -33,7 +34,7 @@ from typing import Any
 import yaml
 
 from benchmarks.damage import FILE_DAMAGES, bit_flips, flip, json_edits, swap
-from benchmarks.tables import machine, table
+from benchmarks.tables import machine, table, write_section
 
 END, HALFWAY, BEFORE = 8, 6, 5
 RECOVERED, REFUSED, TRACEBACK, OTHER = "recovered", "refused", "traceback", "other result"
@@ -86,15 +87,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, help="run so many cases only")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", type=Path, help="write the page there, such as docs/results/reliability.md")
+    parser.add_argument("--write", type=Path, help="write the section there, such as docs/results/reliability.md")
     options = parser.parse_args()
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         found = outcomes(Path(folder), sample=options.sample, seed=options.seed, show=sys.stderr)
-    text = page(found, seconds=time.monotonic() - start_s)
+    text = section(found, seconds=time.monotonic() - start_s)
     print(text)
     if options.write is not None:
-        options.write.write_text(text + "\n")
+        write_section(options.write, "Damage", text)
     sys.exit(any(outcome.kind in (TRACEBACK, OTHER) for outcome in found))
 
 
@@ -129,7 +130,7 @@ def some_of(cases: Sequence[Case], count: int, rng: random.Random) -> list[Case]
 
 
 def make_targets(folder: Path) -> dict[str, Target]:
-    """The targets by name. More of them, such as prepared data, are more entries here."""
+    """The targets by name."""
     from relora.config import check
     from relora.train.train import train
 
@@ -143,10 +144,13 @@ def make_targets(folder: Path) -> dict[str, Target]:
         shutil.rmtree(halfway / "checkpoints" / f"step-{step:08d}")
     use = partial(train_again, tree)
     expected = result_of(finished)
+    prepared, tokens = folder / "prepared", partial(prepare_again, tree)
+    tokens(prepared)
     return {
         "halfway": Target(halfway, halfway_cases, use, expected),
         "finished": Target(finished, finished_cases, use, expected),
         "exported": Target(halfway, exported_cases, export_again, quietly(lambda: export_again(halfway))[0]),
+        "prepared": Target(prepared, prepared_cases, tokens, quietly(lambda: tokens(prepared))[0]),
     }
 
 
@@ -232,6 +236,17 @@ def exported_cases(run: Path) -> Iterator[Case]:
         yield from file_cases("exported", file)
     yield from edits("exported", newest / "MANIFEST.json", run)
     yield from edits("exported", Path("config.yaml"), run)
+
+
+def prepared_cases(folder: Path) -> Iterator[Case]:
+    """All files of prepared data, which are verified when they are first used at their place."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != ".lock":
+            yield from file_cases("prepared", path.relative_to(folder))
+    manifest = Path("manifest.json")
+    yield from edits("prepared", manifest, folder)
+    for _, damage in bit_flips(folder / manifest, 100, 0):
+        yield Case("prepared", str(manifest), "one bit flipped", at(manifest, damage))
 
 
 def file_cases(target: str, file: Path) -> Iterator[Case]:
@@ -360,10 +375,15 @@ def classify(use: Callable[[], Any], expected: Any) -> tuple[str, str]:
 
 def quietly(use: Callable[[], Any]) -> tuple[Any, list[str]]:
     """The result of `use` and the warnings of relora that it printed; nothing reaches the screen."""
-    errors = io.StringIO()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
-        result = use()
-    mark = "relora: warning: "
+    errors, mark = io.StringIO(), "relora: warning: "
+    logged = logging.StreamHandler(errors)
+    logged.setFormatter(logging.Formatter(f"{mark}%(message)s"))
+    logging.getLogger("relora.data.prepared_folder").addHandler(logged)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(errors):
+            result = use()
+    finally:
+        logging.getLogger("relora.data.prepared_folder").removeHandler(logged)
     # The progress bar may stand on the same line.
     return result, [line.partition(mark)[2] for line in errors.getvalue().splitlines() if mark in line]
 
@@ -390,6 +410,18 @@ def export_again(run: Path) -> Any:
     return sha256_of(target / "model.safetensors"), AutoTokenizer.from_pretrained(target).decode(range(20, 290)), []
 
 
+def prepare_again(tree: dict[str, Any], folder: Path) -> Any:
+    """Prepare the data of the run in `folder`, and return their hash and the tokens that come of them."""
+    from relora.config import check
+    from relora.data import prepare
+
+    config = check(tree | {"data": tree["data"] | {"prepared_dir": str(folder)}})
+    prepared = prepare(config.data, vocab_size=tree["model"]["config"]["vocab_size"], tokenizer=None, quiet=True)
+    samples = prepared.samples(config.data, config.seed)
+    tokens = [samples[i]["input_ids"].tolist() for i in range(4 * END)]
+    return tokens, (prepared.manifest.content_hash, prepared.tokenizer().decode(range(20, 290))), []
+
+
 def result_of(run: Path) -> tuple[str, dict[str, str], list[dict[str, Any]]]:
     """Hash of the final weights, hashes in the last checkpoint, metrics without costs."""
     from relora.files import sha256_of
@@ -400,10 +432,10 @@ def result_of(run: Path) -> tuple[str, dict[str, str], list[dict[str, Any]]]:
     return sha256_of(run / "final" / "model.safetensors"), hashes, metrics(run)
 
 
-# --- the page
+# --- the section
 
 
-def page(found: Sequence[Outcome], *, seconds: float) -> str:
+def section(found: Sequence[Outcome], *, seconds: float) -> str:
     """The results as Markdown: one row for each file and damage, edits of fields counted together."""
     counts = Counter(outcome.kind for outcome in found)
     command = " ".join(["python -m benchmarks.reliability", *sys.argv[1:]])
@@ -413,8 +445,6 @@ def page(found: Sequence[Outcome], *, seconds: float) -> str:
         target, file, damage = outcome.case.target, outcome.case.file, outcome.case.damage
         rows.setdefault((target, file, "a field edited" if ": " in damage else damage), []).append(outcome)
     lines = [
-        "# Damage",
-        "",
         (__doc__ or "").split("\n\n")[2].replace("\n", " "),
         "",
         f"`{command}`",

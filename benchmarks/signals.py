@@ -24,10 +24,11 @@ import torch
 
 from benchmarks import engines
 from benchmarks.forks import Forked, command
-from benchmarks.tables import Limit, options_of, publish
+from benchmarks.tables import Limit, options_of, publish, write_section
 from relora.errors import EXIT_STOPPED
 from relora.train.signals import STOP_SIGNALS
 
+TITLE = "Signals at random moments"
 END_S, ORPHAN_S = 5.0, 3.0
 TIMINGS = {"time", "tokens_per_second", "step_seconds", "peak_memory_bytes", "restart_seconds"}
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -54,11 +55,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--moments", type=int, default=200, help="number of signals")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the signals")
+    parser.add_argument("--write", type=Path, help="write the section there, such as docs/results/reliability.md")
     options = options_of(parser)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         rows, limits = storm(Path(folder), options.moments, random.Random(options.seed))
-    publish({"Signals at random moments": rows}, limits, json_path=options.json)
+    text = publish({TITLE: rows}, limits, json_path=options.json)
+    if options.write is not None:
+        write_section(options.write, TITLE, text)
 
 
 def storm(folder: Path, num_moments: int, rng: random.Random) -> tuple[list[dict[str, Any]], list[Limit]]:
