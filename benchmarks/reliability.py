@@ -6,8 +6,8 @@
 
 One tiny run is stopped halfway, another has finished; there are prepared data. Each case damages a copy and gives the
 command again, in this process. It counts as recovered if the final weights, the checkpoint of the last step and the
-metrics are those of a run without damage; lines of metrics may be missing where a warning says so. A refusal is the exit code 2
-with one line, and the folder as it was, a lock and a status apart.
+metrics are those of a run without damage; lines of metrics may be missing where a warning says so. A refusal is the
+exit code 2 with one line, and the folder as it was, a lock and a status apart.
 """
 
 import argparse
