@@ -121,12 +121,26 @@ class Residual(Reinit):
     def factors(self, layer: LayerView, key: DrawKey, residual: Tensor | None) -> Factors:
         if residual is None:
             return self.inner.factors(layer, key, None)
-        # Randomized subspace iteration (arXiv 0909.4061), which svd_lowrank is. It draws from torch's global generator.
-        with torch.random.fork_rng(devices=[residual.device] if residual.is_cuda else []):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=key.generator("residual"))))
-            U, S, V = torch.svd_lowrank(residual.float(), q=layer.r, niter=2)  # (d_out, r), (r,), (d_in, r)
+        seed = int(torch.randint(2**62, (), generator=key.generator("residual")))
+        U, S, V = first_singular_vectors(residual.float(), layer.r, seed)  # (d_out, r), (r,), (d_in, r)
         # scale * B @ A = U diag(S) V^T
         return V.T * ROW_LENGTH, U * (S / (layer.scale * ROW_LENGTH))
+
+
+def first_singular_vectors(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """U (m, rank), S (rank,) and V (n, rank) of a matrix (m, n), nearly, by subspace iteration (arXiv 0909.4061).
+
+    As `torch.svd_lowrank`, which however draws on the matrix's device: a GPU draws other numbers than a CPU.
+    """
+    tall = matrix if matrix.shape[0] >= matrix.shape[1] else matrix.T
+    start = torch.randn(tall.shape[1], rank, generator=torch.Generator().manual_seed(seed)).to(tall.device)
+    basis = torch.linalg.qr(tall @ start).Q
+    for _ in range(2):
+        basis = torch.linalg.qr(tall.T @ basis).Q
+        basis = torch.linalg.qr(tall @ basis).Q
+    U, S, Vh = torch.linalg.svd(basis.T @ tall, full_matrices=False)
+    left, right = basis @ U, Vh.T
+    return (left, S, right) if tall is matrix else (right, S, left)
 
 
 REINITS: Mapping[str, Reinit] = {"kaiming": Kaiming(), "orthogonal": Orthogonal()}

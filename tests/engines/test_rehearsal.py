@@ -15,11 +15,12 @@ from torch import Tensor
 
 from relora.config import check
 from relora.engines.base import Engine
+from relora.method.reinit import REINITS, DrawKey, LayerView, Residual
 from relora.train import callbacks
 from relora.train.train import train
 from tests.helpers.fresh_process import in_a_fresh_process
 from tests.helpers.rehearsal import SHORT, Rehearsal, rehearse, try_faults
-from tests.helpers.standin import Wait
+from tests.helpers.standin import NAME, STANDIN, Wait, register
 from tests.helpers.tiny import MODEL, metrics, only, settings
 
 ENGINES = ("one process", "ddp", "local sgd", "fsdp2", "zero1", "zero3")
@@ -34,6 +35,7 @@ RUN = {
     "training__save_steps": 2,
     "training__eval_steps": 100,
     "training__mixed_precision": "bf16",
+    "lora__lora_dropout": 0.1,
     "training__report_to": [],
 }
 RESUME_STEP, NUM_MICRO_BATCHES = 2, 2
@@ -120,6 +122,23 @@ def test_what_the_outer_optimizer_has_learned_is_used_on_the_device_after_a_resu
     rehearsal = in_a_fresh_process(rehearse, "local sgd", tree, 4)
     assert only(rehearsal.lines, "restart") == {3: 1, 5: 2, 7: 3}
     assert rehearsal.resumed_lines == rehearsal.lines
+
+
+def factors_drawn_on(device_type: str) -> tuple[list[list[float]], list[list[float]], bool]:
+    """A and B that carry a residual of this device, and whether the device's generator is as it was."""
+    device = register().device if device_type == NAME else torch.device("cpu")
+    residual = torch.randn(24, 16, generator=torch.Generator().manual_seed(0)).to(device)
+    layer = LayerView("layer", 4, 16, 24, 1.5, residual.clone)
+    before = STANDIN.generator.get_state()
+    A, B = Residual(REINITS["kaiming"]).factors(layer, DrawKey(seed=0, index=1, name="layer"), residual)
+    return A.tolist(), B.tolist(), torch.equal(STANDIN.generator.get_state(), before)
+
+
+def test_a_residual_on_the_device_is_carried_by_the_factors_that_a_cpu_draws() -> None:
+    (A, B, _), (A_device, B_device, is_untouched) = (in_a_fresh_process(factors_drawn_on, d) for d in ("cpu", NAME))
+    torch.testing.assert_close(torch.tensor(A_device), torch.tensor(A))
+    torch.testing.assert_close(torch.tensor(B_device), torch.tensor(B))
+    assert is_untouched, "all draws come from generators of the CPU"
 
 
 def shortly(wait: Wait) -> tuple[str, str]:
