@@ -147,6 +147,13 @@ class FSDP2Engine(Engine):
         cast(FSDPModule, state.model).set_requires_gradient_sync(is_last or self._sync_each_batch)
         return nullcontext()
 
+    def step(self, state: TrainState, skipped: Tensor) -> None:
+        if self._options.cpu_offload:
+            # The optimizer runs on the host. Its fused kernel would be handed a copy of the flag that the device has
+            # not written yet: torch starts this copy without waiting for it.
+            skipped = skipped.cpu()
+        super().step(state, skipped)
+
     def total_norm(self, trained: Sequence[nn.Parameter]) -> Tensor:
         norm = super().total_norm(trained)
         return norm.full_tensor().to(self.world.device) if isinstance(norm, DTensor) else norm

@@ -23,7 +23,7 @@ from tests.helpers.rehearsal import SHORT, Rehearsal, rehearse, try_faults
 from tests.helpers.standin import NAME, STANDIN, Wait, register
 from tests.helpers.tiny import MODEL, metrics, only, settings
 
-ENGINES = ("one process", "ddp", "local sgd", "fsdp2", "zero1", "zero3")
+ENGINES = ("one process", "ddp", "local sgd", "fsdp2", "fsdp2 offload", "zero1", "zero3")
 # A warm start of one update, a restart after the third, the end after the fourth. Resumed after the second.
 RUN = {
     "model": {"config": MODEL | {"num_hidden_layers": 1}},
@@ -93,6 +93,13 @@ def test_the_host_waits_for_the_device_only_to_read_results(runs: Runs, engine: 
     expected = [sorted(OF_TRANSFORMERS + (OF_DDP if engine == "ddp" and number == 2 else [])) for number in range(4)]
     assert found == expected
     assert {wait.in_relora for wait in rehearsal.between} == {"train/loop.py:read"}
+
+
+def test_an_optimizer_on_the_host_has_waited_for_the_flag_of_the_device(runs: Runs) -> None:
+    for waits in runs.rehearsed("fsdp2 offload").in_updates:
+        places = [wait.in_relora for wait in waits if wait.what == "copy to the host"]
+        assert places.count("engines/fsdp2.py:step") == 1
+        assert "engines/base.py:step" not in places, "a copy that torch has only started"
 
 
 @pytest.mark.parametrize("engine", ["zero1", "zero3"])

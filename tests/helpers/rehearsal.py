@@ -81,6 +81,8 @@ def join(engine: str, tree: dict[str, Any]) -> None:
     if engine == "one process":
         return
     launched = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    if engine == "fsdp2 offload":
+        launched["FSDP_OFFLOAD_PARAMS"] = "true"
     if engine.startswith("zero"):
         launched = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": engine.removeprefix("zero")}
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
