@@ -37,6 +37,10 @@ def manifests(draw: st.DrawFn) -> dict[str, Any]:
         tensors |= {f"{name}:exp_avg": "moments-00001.safetensors" for name in moved}
     step = draw(st.integers(1, 10**9))
     content = {"format": 3, "step": step, "skipped": draw(st.integers(0, step)), "cycle": draw(st.integers(0, 99_999))}
+    told = sorted(draw(st.sets(st.integers(1, step), max_size=3)))
+    content |= {"spikes": draw(st.integers(0, 9)), "losses": [[at, draw(st.floats(-9, 9))] for at in told]}
+    left_out = {"first": 8, "end": 16, "step": step, "loss": 9.0, "limit": 4.5, "checkpoint": step - 1}
+    content |= {"left_out": draw(st.sampled_from([[], [left_out]]))}
     content |= {
         "stage": draw(st.sampled_from(["full_rank", "low_rank"])),
         "num_states": 1,
