@@ -23,6 +23,7 @@ from benchmarks import llama
 from benchmarks.checkpoint import STAGE, settings
 from benchmarks.tables import Limit, options_of, publish
 from relora.checkpoint import folder_writer
+from relora.checkpoint.format import History
 from relora.checkpoint.save import Checkpoints
 from relora.checkpoint.state import State
 from relora.config import check
@@ -76,7 +77,7 @@ def measure(
     about = {"fingerprint": "", "data": ""}
     within = Checkpoints(folder / "within", limit=2, writes=True)
     background = Checkpoints(folder / "background", limit=2, writes=True, in_background=True)
-    how: dict[str, Any] = {"skipped": 0, "stage": STAGE.name, "about": about}
+    how: dict[str, Any] = {"history": History(), "stage": STAGE.name, "about": about}
     step = 0
     with closing(background):
         for cycle in range(1, rounds + 2):

@@ -127,7 +127,7 @@ class TensorManifest(Strict):
         return self
 
 
-class Manifest(TensorManifest, History):
+class Manifest(History, TensorManifest):
     """The manifest of a checkpoint.
 
     Attributes:

@@ -72,8 +72,9 @@ class Checkpoints:
         self._in_background, self._warn = in_background, warn
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._copies = HostCopies(keep=writes)
-        # The step, its writing, and the model, without whose layers the store would not find the exact masters.
-        self._in_flight: tuple[int, Future[None], nn.Module] | None = None
+        # The step, its writing, and the model while its frozen weights are being read: without its layers the store
+        # would not find the exact masters.
+        self._in_flight: tuple[int, Future[None], nn.Module | None] | None = None
         self._num_failed = 0  # in a row
         self._not_removed: OSError | None = None
         self._longest_s: float | None = None
@@ -120,7 +121,8 @@ class Checkpoints:
             return
         copies = self._copies.take(groups)
         if self.writes:
-            self._in_flight = step, self._thread.submit(write, copies), train_state.model
+            is_read = any(entry.is_constant for entries in copies.values() for entry in entries)
+            self._in_flight = step, self._thread.submit(write, copies), train_state.model if is_read else None
 
     def wait(self) -> bool:
         """Wait for the save in flight, and return whether the newest checkpoint that was due is on the disk.

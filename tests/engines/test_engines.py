@@ -203,7 +203,7 @@ def test_stage_start_is_that_of_one_process(pair: Run, single: Run) -> None:
 @pytest.mark.parametrize("step", [4, 13, 14, 15, END])
 def test_checkpoints_are_those_of_one_process(pair: Run, single: Run, step: int) -> None:
     ours, theirs = single.state(step), pair.state(step)
-    place = attrgetter("step", "skipped", "stage", "cycle")
+    place = attrgetter("step", "history.skipped", "history.spikes", "stage", "cycle")
     assert place(theirs) == place(ours)
     assert theirs.steps == ours.steps, "Adam's step counts"
     assert theirs.weights.names == ours.weights.names
