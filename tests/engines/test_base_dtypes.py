@@ -26,7 +26,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 # Every grid under some engine, every engine with some grid. A weight at the border of two codes may fall to either side
 # of it for a rounding of 1e-7, and the model then trains beside another one by a step of the grid.
-ENGINES = {"ddp": "nf4 carried", "fsdp2": "int8", "zero1": "bfloat16", "zero2": "int8", "zero3": "nf4"}
+ENGINES = {"ddp": "nf4 carried", "fsdp2": "int8", "zero1": "bfloat16", "zero3": "nf4"}
 TOLERANCE = {"bfloat16": 1e-4, "int8": 1e-3, "nf4": 1e-3, "nf4 carried": 1e-3}
 
 

@@ -214,7 +214,6 @@ def test_the_option_that_does_not_exist_starts_nothing(capsys: pytest.CaptureFix
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 OF_TWO = {
     "options": ([*LAUNCHER, "--multi_gpu", *TWO], False, "DDP (gloo)"),
-    "options, told": ([*LAUNCHER, "--multi_gpu", *TWO], True, "DDP (gloo)"),
     "file, told": ([*LAUNCHER, *file("ddp_cpu")], True, "DDP (gloo)"),
     "torchrun, told": (TORCHRUN, True, "DDP (gloo)"),
     "fsdp2, told": ([*LAUNCHER, *file("fsdp2_cpu")], True, "FSDP2 (gloo)"),

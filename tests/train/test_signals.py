@@ -22,6 +22,8 @@ import ctypes, os, signal, subprocess, sys, time
 sys.path.insert(0, "relora/train")
 from signals import stop_signals
 
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup it is ignored, and stays so
+
 def stuck_in_python():
     while True:
         time.sleep(60)
