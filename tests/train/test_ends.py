@@ -241,7 +241,7 @@ def test_an_evaluation_is_given_up_by_all_processes_at_the_same_batch(
     slow = Callbacks.give_up_if_asked
 
     def slowly(callbacks: Callbacks) -> None:
-        (tmp_path / "evaluates").touch()
+        (tmp_path / f"evaluates-{os.environ['RANK']}").touch()
         time.sleep(0.5)
         slow(callbacks)
 
@@ -252,10 +252,11 @@ def test_an_evaluation_is_given_up_by_all_processes_at_the_same_batch(
         port = int(server.getsockname()[1])
     processes = [forked(partial(rank_of_two, tree, index, port)) for index in (0, 1)]
     with processes[0] as first, processes[1] as second:
-        first.wait_until((tmp_path / "evaluates").exists)
+        for index, process in enumerate(processes):  # a process that is still building would end alone
+            process.wait_until((tmp_path / f"evaluates-{index}").exists)
         asked_s = time.monotonic()
         second.send(signal.SIGUSR1)
-        assert [process.end()[0] for process in processes] == [143, 143]
+        assert [process.end()[0] for process in processes] == [143, 143], first.end()[1] + second.end()[1]
         assert time.monotonic() - asked_s < 10
         assert "relora: asked to stop: ended after update 0; resumes from step 0" in first.end()[1]
         assert "relora: received SIGUSR1: ended after update 0; resumes from step 0" in second.end()[1]
