@@ -109,14 +109,17 @@ def is_lfs_pointer(path: Path) -> bool:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename `path` to its name + ".damaged", with a number if that is taken, and return the new path."""
-    for number in count(1):
-        aside = path.with_name(f"{path.name}{DAMAGED}{f'-{number}' if number > 1 else ''}")
-        if not (aside.exists() or aside.is_symlink()):
-            break
+    """Rename `path` to its `name_aside`, and return the new path."""
+    aside = name_aside(path)
     path.rename(aside)
     sync(path.parent)
     return aside
+
+
+def name_aside(path: Path) -> Path:
+    """The path beside, of its name + ".damaged", with a number if that is taken."""
+    names = (f"{path.name}{DAMAGED}{f'-{number}' if number > 1 else ''}" for number in count(1))
+    return next(aside for name in names if not ((aside := path.with_name(name)).exists() or aside.is_symlink()))
 
 
 def link_or_copy(source: Path, target: Path) -> None:

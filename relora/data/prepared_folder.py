@@ -9,7 +9,6 @@
 Each file is written in one step, so that a process killed at any time leaves what it had finished, or a draft.
 """
 
-import itertools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from relora.data.dataset import TOKENIZER_FOLDER, PreparedData, verified
 from relora.data.manifest import MANIFEST, DamagedError, hash_of_json, read_json
 from relora.data.tokenize import TOKENS_FOLDER
 from relora.errors import DISK_IS_FULL, UserError, raise_if_any
-from relora.files import DRAFTS, write_json
+from relora.files import DRAFTS, name_aside, write_json
 
 LOCK = ".lock"
 UNFINISHED = "unfinished.json"
@@ -81,8 +80,7 @@ def stranger_problems(folder: Path) -> list[str]:
 
 def set_aside(folder: Path, damage: DamagedError) -> None:
     """Move damaged data, all but the lock, to a folder beside, so that they can be prepared again."""
-    number = next(k for k in itertools.count(1) if not folder.with_name(f"{folder.name}.damaged-{k}").exists())
-    aside = folder.with_name(f"{folder.name}.damaged-{number}")
+    aside = name_aside(folder)
     try:
         aside.mkdir()
         for path in folder.iterdir():

@@ -109,7 +109,7 @@ def test_damaged_data_are_set_aside_and_prepared_again(data, prepared, prepared_
     assert find_prepared(data, vocab_size=300, tokenizer=None) is None
     again = prepared_of(data)
     assert again.manifest == prepared.manifest and verified(prepared.folder) == again
-    aside = prepared.folder.with_name(f"{prepared.folder.name}.damaged-1")
+    aside = prepared.folder.with_name(f"{prepared.folder.name}.damaged")
     assert (aside / name).read_bytes() == content
     assert damaged.name in caplog.text and f"kept as {aside} and prepared again" in caplog.text
 
@@ -124,7 +124,7 @@ def test_damage_without_the_sources_is_refused(data, prepared, prepared_of, tmp_
     (tmp_path / "one.jsonl").unlink()
     with pytest.raises(UserError, match="no such file"):
         prepared_of(data)
-    assert not prepared.folder.with_name(f"{prepared.folder.name}.damaged-1").exists()
+    assert not prepared.folder.with_name(f"{prepared.folder.name}.damaged").exists()
 
 
 def test_data_of_an_older_version_are_prepared_again(data, prepared_of, caplog):
@@ -167,7 +167,7 @@ def test_a_damaged_record_of_a_preparation_begins_anew(data, prepared_of, tmp_pa
     data = data.model_copy(update={"prepared_dir": str(folder)})
     if content == "{":  # the others in short: they are recognised alike
         assert prepared_of(data).folder == folder
-        assert (tmp_path / "prepared.damaged-1" / "tokens" / "00-train-00000.arrow").read_bytes() == b"unfinished"
+        assert (tmp_path / "prepared.damaged" / "tokens" / "00-train-00000.arrow").read_bytes() == b"unfinished"
     else:
         with pytest.raises(DamagedError, match=r"unfinished\.json"):
             read_unfinished(folder)
