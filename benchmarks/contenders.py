@@ -26,6 +26,7 @@ class Contender:
     model: nn.Module
     optimizer: Optimizer
     wrapped: list[nn.Parameter]
+    trains_factors: bool = False
 
     @property
     def others(self) -> list[nn.Parameter]:
@@ -40,21 +41,51 @@ def full(options: argparse.Namespace) -> Contender:
 
 
 def peft(options: argparse.Namespace) -> Contender:
-    """PEFT's LoRA on the layers that we wrap; embeddings, norms and head in full as with us; our AdamW."""
+    """PEFT's LoRA on the layers that we wrap, the same weights in full as with us; our AdamW.
+
+    Coarse weights are what PEFT's users have: cast to bf16, or bitsandbytes' own layers, as in QLoRA.
+    """
     from peft import LoraConfig, get_peft_model
 
-    rest = ["embed_tokens", "norm", "lm_head"]
+    rest = ["embed_tokens", "norm", "lm_head"] if options.train_rest else None
     config = LoraConfig(r=options.rank, lora_alpha=32, target_modules="all-linear", modules_to_save=rest)
-    model = get_peft_model(llama.build(options), config).get_base_model()
+    base = llama.build(options)
+    store_coarsely(base, options.base_dtype)
+    model = get_peft_model(base, config).get_base_model()
     factors = [parameter for name, parameter in model.named_parameters() if ".lora_" in name]
-    return Contender(model, llama.optimizer_for(model, options), factors)
+    return Contender(model, llama.optimizer_for(model, options), factors, trains_factors=True)
+
+
+def store_coarsely(model: nn.Module, base_dtype: str | None) -> None:
+    """Store the weights that we wrap in `base_dtype`, one after the other, without an exact copy of them."""
+    if base_dtype in (None, "float32"):
+        return
+    if base_dtype == "int8":
+        raise ValueError("--base-dtype int8: PEFT's int8 layers compute otherwise (LLM.int8), and are not compared")
+    for name in find_targets(model, LoRAConfig(r=1)).names:
+        parent, _, last = name.rpartition(".")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        setattr(model.get_submodule(parent), last, _in_nf4(linear) if base_dtype == "nf4" else linear.bfloat16())
+
+
+def _in_nf4(linear: nn.Linear) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    with torch.device("meta"):
+        layer = Linear4bit(
+            linear.in_features, linear.out_features, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4"
+        )
+    weight = linear.weight.detach()
+    layer.weight = Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4", module=layer).to(weight.device)
+    return layer
 
 
 def ours(options: argparse.Namespace) -> Contender:
     model = llama.build(options)
     inject_lora(model, llama.lora_config(options))
     factors = [factor for layer in lora_layers(model).values() for factor in (layer.lora_A, layer.lora_B)]
-    return Contender(model, llama.optimizer_for(model, options), factors)
+    return Contender(model, llama.optimizer_for(model, options), factors, trains_factors=True)
 
 
 def galore(options: argparse.Namespace) -> Contender:

@@ -4,7 +4,7 @@ import argparse
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora import LoRAConfig, build_optimizer
+from relora import LoRAConfig, build_optimizer, inject_lora
 from relora.config.schema import ModelSection
 from relora.method.choices import BaseDtype
 from relora.model.model import build_model, load_hf_config
 from relora.model.tasks import CausalLM
+from relora.tracking.throughput import flops_per_token, peak_flops
 
 TASK = CausalLM()
 MAX_GRAD_NORM = 1.0
@@ -46,11 +47,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--batch", type=int, default=8, help="sequences of an update")
     model.add_argument("--sequence", type=int, default=512, help="tokens of each")
     model.add_argument("--bf16", action="store_true", help="bf16 autocast over fp32 parameters")
+    model.add_argument("--peak-tflops", type=float, help="of the device, where it is none of those that relora knows")
     lora = parser.add_argument_group("lora")
     lora.add_argument("--rank", type=int, default=128)
     lora.add_argument("--forward", default="auto", help="auto, merged or factored")
     lora.add_argument("--keep-merged", action=argparse.BooleanOptionalAction, default=True)
     lora.add_argument("--base-dtype", choices=get_args(BaseDtype))
+    lora.add_argument(
+        "--train-rest", action=argparse.BooleanOptionalAction, default=True, help="embeddings, norms and head in full"
+    )
     parser.add_argument("--optimizer", default="adamw", help="name of build_optimizer's")
 
 
@@ -71,16 +76,17 @@ def model_section(options: argparse.Namespace) -> ModelSection:
 
 
 def build(options: argparse.Namespace) -> nn.Module:
-    """The plain model, the same at every call."""
+    """The plain model, the same at every call; on a GPU drawn there, where billions of numbers take a second."""
     section = model_section(options)
-    return build_model(section, load_hf_config(section, TASK), TASK, seed=0).to(device()).train()
+    with device():
+        return build_model(section, load_hf_config(section, TASK), TASK, seed=0).train()
 
 
 def lora_config(options: argparse.Namespace) -> LoRAConfig:
-    """As a run from scratch has it: all that is not wrapped trains in full."""
+    """As a run from scratch has it: all that is not wrapped trains in full, unless it is to stay frozen."""
     return LoRAConfig(
         r=options.rank,
-        modules_to_save="rest",
+        modules_to_save="rest" if options.train_rest else (),
         forward=options.forward,
         keep_merged=options.keep_merged,
         base_dtype=options.base_dtype,
@@ -95,6 +101,29 @@ def draw_batch(model: nn.Module, options: argparse.Namespace) -> Batch:
     vocab_size = int(model.config.vocab_size)
     ids = torch.randint(vocab_size, (options.batch, options.sequence), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids.to(device()), "labels": ids.to(device())}
+
+
+def mfu(tokens_per_second: float, model: nn.Module, options: argparse.Namespace) -> float | None:
+    """The rate as a share of what the device could do at its peak; None where that is not known.
+
+    Args:
+        model: with weights of their true shapes.
+    """
+    precision = "bf16" if options.bf16 else "no"
+    peak = peak_flops(device(), mixed_precision=precision, stated_tflops=options.peak_tflops)
+    if peak is None:
+        return None
+    return tokens_per_second * flops_per_token(model, sequence_length=options.sequence) / peak
+
+
+def shapes_of(options: argparse.Namespace, *, low_rank: bool) -> nn.Module:
+    """The model without values: of true shapes, whatever the weights are stored as."""
+    section = model_section(options)
+    with torch.device("meta"):
+        model = build_model(section, load_hf_config(section, TASK), TASK, seed=0)
+    if low_rank:
+        inject_lora(model, replace(lora_config(options), base_dtype=None))
+    return model
 
 
 def device() -> torch.device:

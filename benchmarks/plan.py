@@ -1,17 +1,17 @@
 """Does a run need the memory that `relora plan` says?
 
-    python benchmarks/plan.py                      # both stages of four sizes, fp32 and bf16; about ten minutes
-    python benchmarks/plan.py --models quickstart --precisions no --repeats 1
+    python -m benchmarks.plan                      # both stages of four sizes, fp32 and bf16; about ten minutes
+    python -m benchmarks.plan --models quickstart --precisions no --repeats 1
+    python -m benchmarks.plan --models 350m 1b --precisions bf16 --override training.per_device_batch_size=8   # a GPU
 
-Each measurement is a process of its own that trains three updates, on random tokens, through the engine of a run. What
-is measured is its largest resident size over the level after imports; a tiny model has made an update by then, so that
-what libraries load at their first use (code, thread stacks, scratch space) is part of that level. The plan counts
-tensors. An allocator adds what it keeps for later: the target is held with one that gives freed memory back; what
-glibc's makes of the same run by default stands beside it.
+Each measurement is a process of its own that trains three updates, on random tokens, through the engine of a run, and
+makes a restart. On a GPU it is `max_memory_allocated`. On a CPU it is the largest resident size over the level after
+imports; a tiny model has made an update by then, so that what libraries load at their first use (code, thread stacks,
+scratch space) is part of that level. The plan counts tensors. An allocator adds what it keeps for later: the target is
+held with one that gives freed memory back; what glibc's makes of the same run by default stands beside it.
 """
 
 import argparse
-import gc
 import json
 import os
 import statistics
@@ -20,60 +20,53 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.peaks import ALLOCATOR, MIB
+from benchmarks.peaks import ALLOCATOR, MIB, level, phase
+from benchmarks.tables import Limit, Row, options_of, publish
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
-STAGES = ("warm_start", "relora")
+STAGES = ("full_rank", "low_rank")
 TARGET = 0.10
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["quickstart", "9m", "20m", "35m"])
     parser.add_argument("--precisions", nargs="+", choices=("no", "bf16"), default=["no", "bf16"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--override", nargs="+", default=[], metavar="section.key=value")
+    parser.add_argument("--repeats", type=int, default=3, help="on a GPU the first is like all others")
     parser.add_argument("--measure", nargs="+", metavar="STAGE OVERRIDE", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = options_of(parser)
     if options.measure:
-        measure(options.measure[0], options.measure[1:])
+        print(measure(options.measure[0], options.measure[1:]))
         return
-    print(
-        "| model | precision | stage | plan | measured | plan / measured | with glibc's defaults |\n" + "|---" * 7 + "|"
-    )
     rows = [
-        row(model, precision, stage, options.repeats)
+        row(model, precision, stage, options)
         for model in options.models
         for precision in options.precisions
-        for stage in STAGES
+        for stage in options.stages
     ]
-    if options.json is not None:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
-    worst = max(abs(float(row["ratio"]) - 1) for row in rows)
-    print(f"\nfurthest off: {worst:.1%}; target: {TARGET:.0%}")
+    worst = max(abs(float(row["plan / measured"]) - 1) for row in rows)
+    publish({"Memory": rows}, [Limit("furthest off", worst, at_most=TARGET)], json_path=options.json)
 
 
-def row(model: str, precision: str, stage: str, repeats: int) -> dict[str, str | float]:
-    """Measure one stage of one model, and print its line."""
-    overrides = settings(model, precision)
+def row(model: str, precision: str, stage: str, options: argparse.Namespace) -> Row:
+    """One stage of one model: what the plan says, and what is measured."""
+    overrides = settings(model, precision) + options.override
     planned = predicted(stage, overrides)
-    measured = statistics.median(run(stage, overrides, ALLOCATOR) for _ in range(repeats))
-    default = statistics.median(run(stage, overrides, {}) for _ in range(repeats))
-    cells = [f"{value / MIB:,.1f} MiB" for value in (planned, measured)]
-    ratio = planned / measured
-    print(
-        f"| {model} | {precision} | {stage} | {' | '.join(cells)} | {ratio:.3f} | {default / MIB:,.1f} MiB |",
-        flush=True,
+    measured, default = (
+        statistics.median(run(stage, overrides, allocator) for _ in range(options.repeats))
+        for allocator in (ALLOCATOR, {})
     )
     return {
         "model": model,
         "precision": precision,
         "stage": stage,
-        "plan_bytes": planned,
-        "measured_bytes": measured,
-        "ratio": ratio,
-        "default_allocator_bytes": default,
+        "plan, MiB": planned / MIB,
+        "measured, MiB": measured / MIB,
+        "plan / measured": planned / measured,
+        "with glibc's defaults, MiB": default / MIB,
     }
 
 
@@ -93,6 +86,8 @@ def settings(model: str, precision: str) -> list[str]:
 
 def predicted(stage: str, overrides: Sequence[str]) -> int:
     """The peak that the plan says."""
+    import torch
+
     from relora.config import load_config
     from relora.forecast.dry_run import dry_run_update
     from relora.forecast.engine_costs import Launch
@@ -101,32 +96,34 @@ def predicted(stage: str, overrides: Sequence[str]) -> int:
     from relora.model.tasks import task_of
     from relora.train.stages import Stage
 
-    config = load_config(QUICKSTART, overrides)
-    hf_config, launch = load_hf_config(config.model, task_of(config)), Launch("one", 1, on_gpu=False)
-    what = Stage(stage, config.training.max_steps)
-    dry_run = dry_run_update(what, config, hf_config, batch_size=config.training.per_device_batch_size)
+    config, on_gpu = load_config(QUICKSTART, overrides), torch.cuda.is_available()
+    hf_config, launch = load_hf_config(config.model, task_of(config)), Launch("one", 1, on_gpu=on_gpu)
+    what, batch_size = Stage(stage, config.training.max_steps), config.training.per_device_batch_size
+    dry_run = dry_run_update(what, config, hf_config, batch_size=batch_size, on_gpu=on_gpu)
     return stage_memory(what, config, launch, stage_model(what, config, hf_config), dry_run).peak
 
 
 def run(stage: str, overrides: Sequence[str], environment: dict[str, str]) -> int:
     """What a fresh process measures, in bytes."""
-    command = [sys.executable, __file__, "--measure", stage, *overrides]
+    command = [sys.executable, "-m", "benchmarks.plan", "--measure", stage, *overrides]
     result = subprocess.run(
-        command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True, timeout=900
+        command, env=os.environ | environment, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=900
     )
     return int(result.stdout.splitlines()[-1])
 
 
-def measure(stage: str, overrides: Sequence[str]) -> None:
-    """In a process of its own: print the largest resident size over the level after imports and a tiny model."""
+def measure(stage: str, overrides: Sequence[str]) -> int:
+    """In a process of its own: bytes at most, on a CPU over the level after imports and a tiny model."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
     tiny = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48}
     shape = f"model.config={json.dumps(tiny | {'num_hidden_layers': 2, 'num_attention_heads': 2})}"
-    train(stage, [*overrides, shape, "lora.r=4", "training.per_device_batch_size=1"])
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    level = memory_of("VmRSS")
-    train(stage, overrides)
-    print(memory_of("VmHWM") - level)
+    train(stage, [*overrides, shape, "lora.r=4", "training.per_device_batch_size=1", "training.global_batch_size=1"])
+    before = level(on_gpu=on_gpu)
+    with phase(on_gpu=on_gpu) as training:
+        train(stage, overrides)
+    return training.peak - before
 
 
 def train(stage: str, overrides: Sequence[str]) -> None:
@@ -150,12 +147,6 @@ def train(stage: str, overrides: Sequence[str]) -> None:
         assert not engine.update(live, [{"input_ids": ids, "labels": ids}], seeds=[0], stop=False).skipped
     if what.is_low_rank:
         engine.restart(live, seed=0, index=1)
-
-
-def memory_of(field: str) -> int:
-    """A figure of this process, in bytes: VmRSS, or VmHWM, the largest since it was last reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
 
 
 if __name__ == "__main__":

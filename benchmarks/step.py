@@ -96,7 +96,8 @@ def race(options: argparse.Namespace) -> tuple[list[Row], list[Limit]]:
         for entrant in entrants[first:] + entrants[:first]:
             optimizer = entrant.contender.optimizer
             seconds[entrant.name].append(llama.update(entrant.forward, optimizer, batch, bf16=options.bf16))
-    rows = [row(entrant, seconds, options.batch * options.sequence) for entrant in entrants]
+    shapes = {low_rank: llama.shapes_of(options, low_rank=low_rank) for low_rank in (False, True)}
+    rows = [row(entrant, seconds, shapes, options) for entrant in entrants]
     recompiled = [Limit("graphs compiled after the warm-up", compiled_graphs() - graphs, at_most=0)]
     return rows, limits_of(entrants, seconds, options.rank) + (recompiled if options.compile else [])
 
@@ -135,10 +136,14 @@ def footprint_of(contender: Contender, batch: Batch, *, bf16: bool) -> Footprint
     )
 
 
-def row(entrant: Entrant, seconds: dict[str, list[Seconds]], num_tokens: int) -> dict[str, Any]:
-    mine, footprint = seconds[entrant.name], entrant.footprint
+def row(
+    entrant: Entrant, seconds: dict[str, list[Seconds]], shapes: dict[bool, nn.Module], options: argparse.Namespace
+) -> dict[str, Any]:
+    """The row of the table; `shapes` is the model of full rank, and of low rank."""
+    mine, footprint, low_rank = seconds[entrant.name], entrant.footprint, entrant.contender.trains_factors
     update_s = statistics.median(each.update for each in mine)
     optimizer_s = statistics.median(each.optimizer for each in mine)
+    tokens_per_second = options.batch * options.sequence / update_s
     extra_s = max(0.0, footprint.first_step_s - optimizer_s) / PROJECTION_GAP if projects(entrant) else 0.0
     return {
         "method": entrant.name,
@@ -148,7 +153,8 @@ def row(entrant: Entrant, seconds: dict[str, list[Seconds]], num_tokens: int) ->
         "of it optimizer, ms": 1e3 * optimizer_s,
         "/ full": ratio(mine, seconds.get("full")),
         "/ peft": ratio(mine, seconds.get("peft")),
-        "tokens/s": num_tokens / update_s,
+        "tokens/s": tokens_per_second,
+        "MFU": llama.mfu(tokens_per_second, shapes[low_rank], options),
         "gradients, MiB": footprint.gradients / MIB,
         "optimizer, MiB": footprint.optimizer / MIB,
         "saved for backward, MiB": footprint.saved / MIB,
