@@ -37,7 +37,7 @@ from benchmarks.tables import Limit, Row, options_of, publish, write_section
 from relora.checkpoint.format import MANIFEST, TEMPORARY_PREFIX
 
 ALONE = "one process"
-TITLE = "Kills"
+TITLE, TITLE_OF_SEVERAL = "Kills", "Kills of several processes"
 POLL_S, SAVE_S, END_S = 0.0005, 0.02, 45.0
 UPDATES = 16
 
@@ -106,9 +106,10 @@ def main() -> None:
             storms.append(rage(Storm(engine, Path(folder), random.Random(options.seed)), options.kills))
             print("".join(f"{line}\n" for line in storms[-1].differing), end="", flush=True)
     rows, limits = [storm.row() for storm in storms], [limit for storm in storms for limit in storm.limits()]
-    text = publish({TITLE: rows}, limits, json_path=options.json)
+    title = TITLE if options.engine == [ALONE] else TITLE_OF_SEVERAL
+    text = publish({title: rows}, limits, json_path=options.json)
     if options.write is not None:
-        write_section(options.write, TITLE, f"{(__doc__ or '').split(chr(10) * 2)[2]}\n\n{text}")
+        write_section(options.write, title, f"{(__doc__ or '').split(chr(10) * 2)[2]}\n\n{text}")
 
 
 def rage(storm: Storm, num_kills: int) -> Storm:

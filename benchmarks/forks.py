@@ -53,11 +53,11 @@ class Forked:
             time.sleep(0.002)
         return time.monotonic() - start_s
 
-    def end(self) -> tuple[int, str]:
+    def end(self, *, patience_s: float = PATIENCE_S) -> tuple[int, str]:
         """Exit code and output of the process, when it has ended."""
         start_s = time.monotonic()
         while not self.has_ended():
-            assert time.monotonic() - start_s < PATIENCE_S, self.log.read_text()[-3000:]
+            assert time.monotonic() - start_s < patience_s, self.log.read_text()[-3000:]
             time.sleep(0.002)
         assert self.code is not None
         return self.code, self.log.read_text()

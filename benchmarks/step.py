@@ -205,14 +205,15 @@ def compiled_graphs() -> int:
 
 def peaks(methods: list[str]) -> list[Row]:
     measured = {name: in_fresh_process("benchmarks.step", [*sys.argv[1:], "--measure-peak", name]) for name in methods}
-    full = measured.get("full")
+    over = {name: found["peak"] - found["imports"] for name, found in measured.items()}
     return [
         {
             "method": name,
             "after imports, MiB": found["imports"] / MIB,
             "at rest, over that, MiB": (found["rest"] - found["imports"]) / MIB,
-            "peak of an update, over that, MiB": (found["peak"] - found["imports"]) / MIB,
-            "/ full": (found["peak"] - found["imports"]) / (full["peak"] - full["imports"]) if full else None,
+            "peak of an update, over that, MiB": over[name] / MIB,
+            "/ full": over[name] / over["full"] if "full" in over else None,
+            "/ peft": over[name] / over["peft"] if "peft" in over else None,
         }
         for name, found in measured.items()
     ]

@@ -44,12 +44,20 @@ def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def publish(tables: Mapping[str, Sequence[Row]], limits: Sequence[Limit], *, json_path: Path | None) -> str:
+def publish(
+    tables: Mapping[str, Sequence[Row]],
+    limits: Sequence[Limit],
+    *,
+    json_path: Path | None,
+    pictures: Sequence[Path] = (),
+) -> str:
     """Print the tables, each under its title, and the limits, and return what was printed.
 
-    Both are written to `json_path` too, unrounded.
+    Both are written to `json_path` too, unrounded, with the names of pictures that were drawn.
     """
-    command = " ".join(["python -m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    program = Path(sys.argv[0])
+    module = f"gpu.{program.stem}" if program.parent.name == "gpu" else program.stem
+    command = " ".join(["python -m", f"benchmarks.{module}", *sys.argv[1:]])
     parts = [f"`{command}`", machine(), *(f"{title}\n\n{table(rows)}" for title, rows in tables.items())]
     if limits:
         parts.append("\n".join(f"- {limit}" for limit in limits))
@@ -58,6 +66,7 @@ def publish(tables: Mapping[str, Sequence[Row]], limits: Sequence[Limit], *, jso
     if json_path is not None:
         told = [asdict(limit) | {"is_met": limit.is_met} for limit in limits]
         content = {"command": command, "machine": machine(), "tables": tables, "limits": told}
+        content |= {"pictures": [path.name for path in pictures]}
         json_path.write_text(json.dumps(content, indent=1) + "\n")
     return text
 
