@@ -77,11 +77,11 @@ requirements() {
 import pathlib, sys, tomllib
 project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
 extras = project["optional-dependencies"]
-unknown = [name for name in sys.argv[1].split(",") if name not in ("", *extras)]
+names = [name.strip() for name in sys.argv[1].split(",") if name.strip()]
+unknown = [name for name in names if name not in extras]
 if unknown:
     sys.exit(f"setup: error: no such extra: {', '.join(unknown)}; there are {', '.join(extras)}")
-wanted = [extras[name] for name in sys.argv[1].split(",") if name]
-print(*project["dependencies"], *sum(wanted, []), sep="\n")
+print(*project["dependencies"], *(need for name in names for need in extras[name]), sep="\n")
 PY
 }
 

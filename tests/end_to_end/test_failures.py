@@ -1,4 +1,4 @@
-"""A process among several fails: the terminal, status.json and the exit code tell of its error, not of what followed."""
+"""One of several processes fails: terminal, status.json and exit code tell of its error, not of what followed."""
 
 import json
 import socket
