@@ -7,6 +7,9 @@
 #   RELORA_PYTHON        the Python to build on (3.11 or newer); default: python3.11, else python3
 #   RELORA_TORCH_INDEX   address of the package index to take torch from: one for each CPU, CUDA or ROCm build, see
 #                        PyTorch's installation page; default: the index that pip uses for everything
+#   RELORA_ONLY_DEPENDENCIES=1   install what relora needs, without relora itself: needs only pyproject.toml and
+#                        launch/, so that an image's layer of packages outlives changes of the code
+# Without a network: PIP_NO_INDEX=1 PIP_FIND_LINKS=FOLDER take all packages from a folder of wheels (docs/cluster.md).
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -68,6 +71,20 @@ make_venv() {
 # "plots,test" "test,dev" -> "dev,plots,test"
 union() { tr ',' '\n' <<<"$1,$2" | sed '/^ *$/d' | sort -u | paste -sd, -; }
 
+# What relora and these extras need, one requirement a line.
+requirements() {
+    "$python" - "$1" <<'PY'
+import pathlib, sys, tomllib
+project = tomllib.loads(pathlib.Path("pyproject.toml").read_text())["project"]
+extras = project["optional-dependencies"]
+names = [name.strip() for name in sys.argv[1].split(",") if name.strip()]
+unknown = [name for name in names if name not in extras]
+if unknown:
+    sys.exit(f"setup: error: no such extra: {', '.join(unknown)}; there are {', '.join(extras)}")
+print(*project["dependencies"], *(need for name in names for need in extras[name]), sep="\n")
+PY
+}
+
 # Quiet in a log, with pip's progress on a terminal.
 pip_install() {
     if [[ -t 1 ]]; then "$python" -m pip install "$@"; else "$python" -m pip install --quiet "$@"; fi
@@ -98,6 +115,7 @@ fi
 read_stamp
 
 key=$(key_of_installation)
+requirements "$wanted" >/dev/null   # an extra that does not exist is only a warning to pip
 extras=$(union "$wanted" "$old_extras")   # installed extras stay: scripts with different extras do not undo each other
 if [[ $key == "$old_key" && $extras == "$old_extras" ]]; then
     say "ready: $old_torch"
@@ -105,15 +123,23 @@ if [[ $key == "$old_key" && $extras == "$old_extras" ]]; then
 fi
 
 torch=$(grep -m1 '^torch==' "$constraints") || fail "$constraints does not pin torch"
-say "installing $torch from ${index:-the default package index (RELORA_TORCH_INDEX names another)}"
+from=${index:-the default package index (RELORA_TORCH_INDEX names another)}
+if [[ -n ${PIP_NO_INDEX:-} ]]; then from="${PIP_FIND_LINKS:-nowhere: PIP_NO_INDEX is set, but not PIP_FIND_LINKS}"; fi
+say "installing $torch from $from"
 rm -f -- "$stamp"
 if [[ $index != "$old_index" ]]; then   # the same version from another index would count as installed
     "$python" -m pip uninstall --quiet --yes torch >/dev/null 2>&1
 fi
 if [[ -n $index ]]; then pip_install --index-url "$index" "$torch"; else pip_install "$torch"; fi
 
-say "installing relora${extras:+ with the extras $extras}"
-pip_install --constraint "$constraints" -e ".${extras:+[$extras]}"
+if [[ -n ${RELORA_ONLY_DEPENDENCIES:-} ]]; then
+    say "installing what relora needs${extras:+ with the extras $extras}"
+    requirements "$extras" | pip_install --constraint "$constraints" --requirement /dev/stdin
+    key=dependencies   # relora itself is still to be installed
+else
+    say "installing relora${extras:+ with the extras $extras}"
+    pip_install --constraint "$constraints" -e ".${extras:+[$extras]}"
+fi
 
 got=$("$python" - <<'PY'
 import torch

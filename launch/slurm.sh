@@ -10,6 +10,15 @@
 # and without a requeue; scancel JOB cancels it for good.
 # Where preempted jobs get no grace time, training.save_steps bounds the work that is lost. Partition, account, CPUs and
 # memory are options of sbatch: many clusters give a task one CPU unless --cpus-per-task or --exclusive asks for more.
+# A run that fails is not requeued.
+#
+#   output      slurm-JOB.out, each line with the number of its node and of its process; slurm-JOB/ has files for each
+#               process (LOG_DIR=FOLDER: elsewhere)
+#   arrays      sbatch --array=0-3 launch/slurm.sh configs/llama_60m.yaml seed=%a output_dir=runs/seed_%a
+#               %a in an argument is the number of the task
+#   container   CONTAINER="apptainer exec --nv --bind $PWD relora.sif" PYTHON=/relora/.venv/bin/python sbatch ...
+#               with the image of launch/Dockerfile; the code is that of this folder
+#   variables   MAX_REQUEUES (default 100), and those of launch/torchrun_multinode.sh
 #SBATCH --job-name=relora
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -32,6 +41,12 @@ fail() { printf 'slurm: error: %s\n' "$*" >&2; exit 2; }
 cd -- "${SLURM_SUBMIT_DIR:-.}"
 [[ -f launch/torchrun_multinode.sh ]] || fail "$PWD is not the root of the repository: call sbatch there"
 
+set -- "${@//%a/${SLURM_ARRAY_TASK_ID:-%a}}"
+read -ra container <<<"${CONTAINER:-}"
+export LOG_DIR=${LOG_DIR-slurm-$SLURM_JOB_ID}
+# srun does not take this over from sbatch (since Slurm 22.05): the launcher and all its processes would share one CPU.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+
 hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 export MASTER_ADDR=${hosts%%$'\n'*}
 export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}   # jobs that share a node get different ports
@@ -41,8 +56,8 @@ export NPROC_PER_NODE=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
 # output_dir as relora itself reads it: from the file, or from an override.
 run_folder() {
     local python=${PYTHON:-.venv/bin/python}
-    if ! command -v "$python" >/dev/null; then python=python3; fi
-    "$python" - "$@" 2>/dev/null <<'PY'
+    if ((${#container[@]} == 0)) && ! command -v "$python" >/dev/null; then python=python3; fi
+    "${container[@]}" "$python" - "$@" 2>/dev/null <<'PY'
 import sys
 
 from relora.config.load import load_config
@@ -56,22 +71,28 @@ if ! run=$(run_folder "$@"); then
     printf 'slurm: warning: %s\n' "no output_dir found in: $*; this job will not queue itself again" >&2
     run=/nowhere
 fi
-# torchrun turns every exit code into 1. The reason is in status.json, which is a new file each time it is written.
+# Nodes may end with different codes. The reason is in status.json, which is a new file each time it is written.
 written() { stat -c '%i %y' -- "$run/status.json" 2>/dev/null || true; }
 before=$(written)
 
 code=0
 # When one node ends, the others are ended too, but not at once: they may still be writing the last checkpoint.
-# SLURM_NODEID differs from node to node, so the inner shell reads it.
+# SLURM_NODEID differs from node to node, so the inner shell reads it. After `sbatch --export=NONE` srun would pass on
+# none of the variables above.
 # shellcheck disable=SC2016
-srun --kill-on-bad-exit=0 --wait=60 \
-    bash -c 'export NODE_RANK=$SLURM_NODEID; exec bash launch/torchrun_multinode.sh "$@"' relora "$@" || code=$?
+srun --kill-on-bad-exit=0 --wait=60 --label --export=ALL \
+    bash -c 'export NODE_RANK=$SLURM_NODEID; exec "$@"' relora \
+    "${container[@]}" bash launch/torchrun_multinode.sh "$@" || code=$?
 
 # An old "preempted" says nothing about a job that failed before it wrote its own status: it would be requeued forever.
 # One that was stopped by the file STOP is wanted no longer.
 if ((code != 0)) && [[ $(written) != "$before" ]] && grep -q '"status": *"preempted"' "$run/status.json" &&
     ! grep -q '"reason": *"found [^"]*STOP' "$run/status.json"; then
-    if scontrol requeue "$SLURM_JOB_ID"; then
+    # Preempted before the first checkpoint it may come to nothing each time, as under a time limit of minutes.
+    if ((${SLURM_RESTART_COUNT:-0} >= ${MAX_REQUEUES:-100})); then
+        printf 'slurm: error: the checkpoint is written, but job %s has been requeued %s times (MAX_REQUEUES)\n' \
+            "$SLURM_JOB_ID" "$SLURM_RESTART_COUNT" >&2
+    elif scontrol requeue "$SLURM_JOB_ID"; then
         printf 'slurm: the checkpoint is written; job %s is requeued\n' "$SLURM_JOB_ID"
     else
         printf 'slurm: error: the checkpoint is written, but job %s could not be requeued\n' "$SLURM_JOB_ID" >&2

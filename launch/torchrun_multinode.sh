@@ -14,11 +14,15 @@
 #   RDZV_ID          c10d: a name of the job, the same everywhere (default: relora)
 #   MAX_RESTARTS     c10d: how often the processes may be restarted (default: 3)
 #   SHUTDOWN_TIMEOUT seconds that processes have after a signal, for a checkpoint (default: 240)
-#   LOG_DIR          folder in which each process also gets a file for its output (default: none)
+#   LOG_DIR          folder in which each process also gets files for its output, in a folder for each machine; in the
+#                    terminal each line then begins with the number of its process. If the run hangs, its watchdog adds
+#                    flight_record_N of process N, for `torchfrtrace LOG_DIR -p flight_record_` (default: none)
+#   NCCL_DEBUG       what NCCL prints: WARN (default), its errors; INFO, also how it connects
 #   PYTHON           default: .venv/bin/python of this repository if launch/setup.sh has made it, else python3
 #
 # All machines need the same code, packages and config; an output_dir on a disk that all see lets any of them resume.
-# SIGTERM, SIGINT and SIGUSR1 are passed on to the processes: the run then writes a checkpoint and ends.
+# SIGTERM, SIGINT and SIGUSR1 are passed on to the processes: the run then writes a checkpoint and ends, with 143.
+# Of a failure the last lines name the process that failed first and its error; the exit code is that of this process.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -82,6 +86,12 @@ fi
 # The training processes read this variable too, to know how much time a checkpoint has.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SHUTDOWN_TIMEOUT:-240}
 options+=(--signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT")
-if [[ -n ${LOG_DIR:-} ]]; then options+=(--log-dir "$LOG_DIR" --tee 3); fi
+if [[ -n ${LOG_DIR:-} ]]; then
+    options+=(--log-dir "$LOG_DIR/$(uname -n)" --tee 3)
+    # shellcheck disable=SC2016  # torchrun fills in the rank
+    export TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE=${TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE:-'[${rank}]: '}
+    export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$LOG_DIR/flight_record_}
+fi
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 trap '' USR1   # the signal must not kill torchrun while it loads or waits for the other machines
-exec "$python" -m torch.distributed.run "${options[@]}" -m relora train "$@"
+exec "$python" launch/torchrun.py "${options[@]}" -m relora train "$@"

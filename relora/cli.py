@@ -5,10 +5,8 @@ Each command is imported when it runs: `relora --help` and a mistake in a config
 
 import argparse
 import importlib
-import json
 import os
 import sys
-import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -17,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import relora
-from relora.errors import EXIT_FAILED, EXIT_STOPPED, EXIT_USER_ERROR, Failed, Stopped, UserError, disk_failure
+from relora.errors import (
+    EXIT_FAILED,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    Failed,
+    Stopped,
+    UserError,
+    disk_failure,
+    leave_for_launcher,
+)
 from relora.files import expand_path
 from relora.train.signals import stop_signals
 
@@ -64,19 +71,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def errors_for_launcher() -> Iterator[None]:
-    """Leave an error to torchrun, which shows that of the process that failed first at the end of its own report.
-
-    Its exit code is 1, whatever that of the processes is.
-    """
+    """Leave an error to torchrun: a line if it is one of ours, else its traceback."""
     try:
         yield
     except BaseException as error:
-        if "TORCHELASTIC_ERROR_FILE" in os.environ:
-            is_ours = isinstance(error, UserError | Failed | Stopped)
-            message = f"relora: {error}" if is_ours else traceback.format_exc()
-            content = json.dumps({"message": message, "timestamp": int(time.time())})
-            with suppress(OSError):
-                Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(content)
+        is_ours = isinstance(error, UserError | Failed | Stopped)
+        leave_for_launcher(f"relora: {error}" if is_ours else traceback.format_exc())
         raise
 
 

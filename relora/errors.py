@@ -1,11 +1,13 @@
 """How a command ends: a mistake of the user, a failure, a request to stop, and their exit codes."""
 
 import errno
+import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from relora.text import without_secrets
@@ -41,6 +43,17 @@ class Stopped(BaseException):  # not an error
 def warn(text: str) -> None:
     """Print a warning, which goes to stderr with the errors, since nothing that the command writes depends on it."""
     print(f"relora: warning: {text}", file=sys.stderr, flush=True)
+
+
+def leave_for_launcher(message: str) -> None:
+    """Leave the reason of a failure to torchrun, which shows that of the process that failed first at the very end.
+
+    Its exit code is 1, whatever that of the processes is. The first message of a process stays.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is not None and not Path(path).exists():
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}))
 
 
 def raise_if_any(problems: Iterable[str]) -> None:

@@ -25,6 +25,7 @@ ORDER = (
     "data",
     "config",
     "hub",
+    "flight_record",
     "files",
     "errors",
     "text",

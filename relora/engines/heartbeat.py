@@ -20,6 +20,9 @@ from datetime import timedelta
 from torch import distributed
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from relora.errors import leave_for_launcher
+from relora.flight_record import write_flight_record
+
 # The beginning of the reason of a process whose watchdog has ended it: the others print their stacks too.
 NOTHING_MOVED = "nothing has moved for"
 
@@ -69,10 +72,11 @@ class Heartbeat:
         self._me = f"process {process_index} (host {socket.gethostname()}, pid {os.getpid()})"
         self.last_words = lambda *_: None
         self._failure = ""  # of this process
+        self._verdict = ""  # the first failure of all, when it is known here
         self._rounds = 0  # how often the store has answered
         self._beats = StallTimer(3 * limits.every_s)  # of the watched neighbour
         self._ending = False
-        self._stopped, self._wake, self._passed_on = (threading.Event() for _ in range(3))
+        self._stopped, self._wake, self._judged = (threading.Event() for _ in range(3))
         self._lock = threading.Lock()  # held to print, to end the process, and in stop()
         # Torch's client has no time limit for an answer: the first thread may hang in it, the second sees that.
         targets = self._beat, self._watch_store
@@ -83,13 +87,18 @@ class Heartbeat:
         for thread in self._threads:
             thread.start()
 
-    def report_failure(self, reason: str) -> None:
-        """Tell the others that this process ends because of an error; it has grace_s to do so, or to call stop()."""
+    def report_failure(self, reason: str) -> str:
+        """Tell the others that this process ends because of an error; it has grace_s to do so, or to call stop().
+
+        Returns:
+            The failure of another process that came first, from which this one may follow; empty if none is known.
+        """
         text = " ".join(reason.split())[:600].encode(errors="backslashreplace").decode()
         self._failure = f"{self._me} failed: {text}"
         self._wake.set()
         if self._threads[0].is_alive():
-            self._passed_on.wait(2 * self._limits.every_s)
+            self._judged.wait(2 * self._limits.every_s)
+        return "" if self._verdict == self._failure else self._verdict
 
     def stop(self) -> None:
         """Shut down cleanly: the others stop expecting heartbeats, and this process exits because of them no more."""
@@ -127,9 +136,7 @@ class Heartbeat:
         """One round of messages. Returns the verdict, if any: the first, as later ones mostly follow from it."""
         store.add(f"beat/{self._process_index}", 1)
         if self._failure:
-            verdict = store.compare_set("verdict", "", self._failure)
-            self._passed_on.set()
-            return bytes(verdict)
+            return bytes(store.compare_set("verdict", "", self._failure))
         if last:
             store.set(f"left/{self._process_index}", "in order")
             return b""
@@ -150,6 +157,8 @@ class Heartbeat:
 
     def _end(self, why: str) -> None:
         """Print the reason, and end this process unless it does so by itself in time."""
+        self._verdict = self._verdict or why
+        self._judged.set()
         with self._lock:
             if self._stopped.is_set() or self._ending:
                 return
@@ -159,12 +168,14 @@ class Heartbeat:
                     os.write(2, f"relora: process {self._process_index} ended: {why}\n".encode())
                     if NOTHING_MOVED in why:
                         faulthandler.dump_traceback(file=2)
+                        write_flight_record()
         self._stopped.wait(self._limits.grace_s)
         with self._lock:
             if not self._stopped.is_set():
                 words = threading.Thread(target=self.last_words, args=(why,), daemon=True)
                 words.start()
                 words.join(self._limits.every_s)  # not longer: the disk may hang
+                leave_for_launcher(f"relora: process {self._process_index} ended: {why}")
                 os._exit(1)
 
 

@@ -8,7 +8,7 @@ from relora.engines.ddp import DDPEngine, OneProcessEngine
 from relora.engines.deepspeed import DeepSpeedEngine
 from relora.engines.fsdp2 import FSDP2Engine
 from relora.engines.local_sgd import LocalSGDEngine
-from relora.engines.world import World, launched_engine
+from relora.engines.world import World, collective_timeout, launched_engine
 from relora.method.registry import resolve
 from relora.model.tasks import Task, task_of
 
@@ -29,7 +29,8 @@ def connect(config: Config) -> Engine:
         UserError: the processes are not those that the launch promises.
     """
     launched = launched_engine()
-    world = World(wanted=config.training.num_processes, group_of_one=launched != "ddp")
+    timeout = collective_timeout(config.training.timeout_minutes)
+    world = World(wanted=config.training.num_processes, group_of_one=launched != "ddp", timeout=timeout)
     name: str = launched
     if config.training.engine != "auto":
         name = config.training.engine

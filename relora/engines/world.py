@@ -17,6 +17,8 @@ T = TypeVar("T")
 LaunchedEngine = Literal["ddp", "fsdp2", "deepspeed"]
 # The first process writes checkpoints and the final model alone; the others wait longer than NCCL's ten minutes.
 TIMEOUT = timedelta(hours=2)
+# A group needs some time limit. Of gloo's sockets it is milliseconds in 32 bits: 24 days at most.
+LONGEST = timedelta(days=20)
 
 
 def launched_num_processes() -> int:
@@ -66,6 +68,17 @@ def world_problems(num_processes: int, wanted: int | None) -> list[str]:
     return problems
 
 
+def collective_timeout(timeout_minutes: float | None) -> timedelta:
+    """The time limit of collectives: an hour after the watchdog of the run, which says more, at least TIMEOUT.
+
+    Args:
+        timeout_minutes: `training.timeout_minutes`; None: no watchdog.
+    """
+    if timeout_minutes is None:
+        return LONGEST
+    return min(LONGEST, max(TIMEOUT, timedelta(hours=1, minutes=min(timeout_minutes, 1e6))))
+
+
 def device_kind(device: torch.device) -> str:
     """What decides how a device rounds: the model of a GPU, the vector instructions of a CPU."""
     if device.type == "cuda":
@@ -79,6 +92,7 @@ class World:
     Args:
         wanted: number of processes that the run wants; None for any.
         group_of_one: create a process group for a single process too.
+        timeout: time limit of a collective.
 
     Attributes:
         is_mixed: the processes compute on devices of different kinds.
@@ -87,9 +101,9 @@ class World:
         UserError: as `world_problems`.
     """
 
-    def __init__(self, *, wanted: int | None, group_of_one: bool = False) -> None:
+    def __init__(self, *, wanted: int | None, group_of_one: bool = False, timeout: timedelta = TIMEOUT) -> None:
         # cpu=True also makes a true world of an `accelerate launch` that would start independent copies.
-        self._joined = PartialState(cpu=not torch.cuda.is_available(), timeout=TIMEOUT)
+        self._joined = PartialState(cpu=not torch.cuda.is_available(), timeout=timeout)
         self.num_processes: int = self._joined.num_processes
         self.process_index: int = self._joined.process_index
         device: torch.device = self._joined.device
@@ -101,7 +115,7 @@ class World:
             self._heartbeat = Heartbeat(self.process_index, self.num_processes, agree_on_name())
             self._heartbeat.start()
             if distributed.get_backend() != "gloo":
-                self._host_group = distributed.new_group(backend="gloo", timeout=TIMEOUT)
+                self._host_group = distributed.new_group(backend="gloo", timeout=timeout)
         # Devices of different kinds round the same computation differently.
         self.is_mixed = not self.all_equal(device_kind(self.device))
         if self.num_processes == 1 and group_of_one and not distributed.is_initialized():
@@ -152,11 +166,15 @@ class World:
         if self.num_processes > 1:
             self._joined.wait_for_everyone()
 
-    def report_failure(self, error: BaseException | str) -> None:
-        """Tell the other processes why this one ends early. Not collective."""
-        if self._heartbeat is not None:
-            reason = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-            self._heartbeat.report_failure(reason)
+    def report_failure(self, error: BaseException | str) -> str:
+        """Tell the other processes why this one ends early. Not collective.
+
+        Returns:
+            The failure of another process that came first; empty if none is known.
+        """
+        if self._heartbeat is None:
+            return ""
+        return self._heartbeat.report_failure(error if isinstance(error, str) else f"{type(error).__name__}: {error}")
 
     def before_ending(self, last_words: Callable[[str], None]) -> None:
         """Have `last_words` called with the reason when another process's death ends this one. Not collective.

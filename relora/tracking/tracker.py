@@ -29,6 +29,7 @@ from relora.tracking.metrics_file import KINDS, cut_metrics, written_again
 from relora.tracking.plots import INSTALL, has_matplotlib, spectrum_picture, wait_until_newest
 
 P = ParamSpec("P")
+LOGGED_BAR_S = 60.0  # between two states of the progress bar in a file: that of a batch job has no terminal
 
 
 @dataclass(frozen=True)
@@ -291,7 +292,7 @@ class ProgressBar(Sink):
             initial=context.start_step or 0,
             unit="step",
             dynamic_ncols=True,
-            mininterval=1.0,
+            mininterval=1.0 if sys.stderr.isatty() else LOGGED_BAR_S,
         )
 
     def progress(self, step: int, **fields: str) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-from relora.errors import EXIT_STOPPED, Stopped
+from relora.errors import EXIT_STOPPED, Stopped, leave_for_launcher
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 # Ctrl-C reaches a process from the terminal and again from its launcher: that is one request.
@@ -148,6 +148,7 @@ class StopRequest:
             words = threading.Thread(target=self.last_words, args=(status, reason), daemon=True)
             words.start()
             words.join(LAST_WORDS_S)
+            leave_for_launcher(f"relora: {reason}")
         os._exit(code)
 
 

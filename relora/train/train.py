@@ -18,7 +18,7 @@ from relora.checkpoint.verify import open_stage_start
 from relora.config import Config
 from relora.data import micro_batches
 from relora.engines import Engine, TrainState, connect, is_first
-from relora.errors import Failed, Stopped, disk_errors_name, raise_if_any
+from relora.errors import Failed, Stopped, UserError, disk_errors_name, raise_if_any
 from relora.files import write_json
 from relora.method.parameter_report import describe_routes, parameter_report
 from relora.tracking.tracker import SinkContext, Tracker, open_tracker
@@ -72,7 +72,10 @@ def train(config: Config, *, dry_run: bool = False, extend: bool = False, strict
                     train_past_spikes(run, engine, state, request)
         except BaseException as error:
             if not request.obeyed:  # else all processes end in the same way
-                engine.world.report_failure(error)
+                first = engine.world.report_failure(error)
+                if first and isinstance(error, Exception) and not isinstance(error, UserError | Failed):
+                    # Most likely that a peer is gone: of this neither status.json nor the launcher shall tell.
+                    raise Failed(f"{first}; here followed {type(error).__name__}: {error}") from error
                 raise
             engine.world.close()
             raise

@@ -12,6 +12,7 @@ from relora.checkpoint.format import BEAT_S, TEMPORARY_PREFIX
 from relora.checkpoint.run_folder import RunFolder
 from relora.engines.heartbeat import NOTHING_MOVED
 from relora.errors import EXIT_FAILED
+from relora.flight_record import write_flight_record
 from relora.train.signals import StopRequest
 
 LOOK_S = 1.0
@@ -34,7 +35,7 @@ class Watch:
     max_hours: float | None
     timeout_minutes: float | None
     expected_save_s: Callable[[], float]
-    tell_others: Callable[[str], None]
+    tell_others: Callable[[str], object]
     moved_s: float = field(default_factory=time.monotonic)
     longest_s: float = 0.0
     num_bytes: int = 0
@@ -66,6 +67,7 @@ class Watch:
                 faulthandler.dump_traceback_later(60 * self.timeout_minutes + EXTRA_S, exit=True, file=2)
         if self.timeout_minutes is not None and now_s - self.moved_s > 60 * self.timeout_minutes:
             faulthandler.dump_traceback(file=2)
+            write_flight_record()
             reason = f"{NOTHING_MOVED} {self.timeout_minutes:g} minutes (training.timeout_minutes)"
             self.tell_others(reason)
             self.request.end(EXIT_FAILED, "failed", reason)

@@ -22,7 +22,7 @@ from tests.helpers.programs import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MODELS = sorted((ROOT / "configs" / "models").glob("*.json"))
-LAUNCH_CONFIGS = sorted(path for path in (ROOT / "launch").glob("*.yaml") if path.stem != "kubernetes")
+LAUNCH_CONFIGS = sorted(path for path in (ROOT / "launch").glob("*.yaml") if not path.stem.startswith("kubernetes"))
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
 
 # size: updates, updates of warm start, rate of the low-rank stage, samples per update, tokens per sample, share of C4

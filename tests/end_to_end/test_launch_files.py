@@ -1,6 +1,7 @@
-"""The launch files: what accelerate, torchrun, Slurm and Kubernetes make of them, without GPUs or a cluster.
+"""The launch files: what accelerate, torchrun and Slurm make of them, without GPUs or a cluster.
 
-tests/engines/test_engines.py trains with two CPU processes by the file of each engine.
+tests/engines/test_engines.py trains with two CPU processes by the file of each engine; images and Kubernetes are in
+test_containers.py.
 """
 
 import os
@@ -13,11 +14,8 @@ from typing import Any
 
 import pytest
 import yaml
-from torch.distributed.run import get_args_parser
 
 from relora.checkpoint.run_folder import RunFolder
-from relora.config import load_config
-from relora.config.derived import accumulation_steps
 from tests.helpers.programs import ROOT, run
 
 LAUNCH = ROOT / "launch"
@@ -40,7 +38,7 @@ def read(name: str) -> dict[str, Any]:
 
 
 def test_every_file_is_of_a_known_kind() -> None:
-    assert {path.stem for path in LAUNCH.glob("*.yaml")} == KINDS.keys() | {"kubernetes"}
+    assert {path.stem for path in LAUNCH.glob("*.yaml")} == KINDS.keys() | {"kubernetes", "kubernetes_one_node"}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -98,11 +96,14 @@ def test_a_signal_to_the_launcher_alone_reaches_the_processes_and_leaves_them_ti
     (tmp_path / "relora" / "__init__.py").touch()
     (tmp_path / "relora" / "__main__.py").write_text(STAND_IN)
     (tmp_path / "launch").mkdir()
-    shutil.copy(LAUNCH / "torchrun_multinode.sh", tmp_path / "launch")
+    for name in ("torchrun_multinode.sh", "torchrun.py"):
+        shutil.copy(LAUNCH / name, tmp_path / "launch")
     place = {"NNODES": "1", "NODE_RANK": "0", "NPROC_PER_NODE": "2", "PYTHON": sys.executable}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     result = run([*with_environment(place), "bash", "-c", SIGNALLED, str(tmp_path)], timeout_s=60)
-    assert result.returncode == 1, result.stderr  # whatever the processes end with
+    assert result.returncode == 143, result.stderr
+    assert "torchrun: received SIGUSR1; its processes have ended" in result.stderr
+    assert "Traceback" not in result.stderr
     assert [(tmp_path / f"left.{rank}").read_text() for rank in (0, 1)] == ["SIGUSR1", "SIGUSR1"]
 
 
@@ -119,6 +120,7 @@ def with_environment(variables: dict[str, str]) -> list[str]:
 # Stand-ins for Slurm's commands, and for the Python that is asked for the run folder.
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" >"$JOB/srun"
+env >"$JOB/environment"
 if [[ -f $JOB/run/next.json ]]; then mv "$JOB/run/next.json" "$JOB/run/status.json"; fi
 exit "$CODE"
 """
@@ -139,8 +141,9 @@ def slurm_job(
     before: str | None = None,
     after: str | None = None,
     python: str | None = None,
+    **more: str,
 ) -> subprocess.CompletedProcess[str]:
-    """launch/slurm.sh around a run that ends with `code`.
+    """launch/slurm.sh around a run that ends with `code`, with `more` environment variables.
 
     Its status.json says `before` (None: there is none), then `after` (None: as it was).
     """
@@ -150,13 +153,13 @@ def slurm_job(
         (folder.path / "status.json").rename(folder.path / "next.json")
     if before is not None:
         folder.write_status(before, step=3)  # type: ignore[arg-type]
-    (job / "bin").mkdir()
+    (job / "bin").mkdir(exist_ok=True)
     for name, text in {"srun": SRUN, "scontrol": SCONTROL, "asked": PYTHON}.items():
         (job / "bin" / name).write_text(text)
         (job / "bin" / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_JOB_NUM_NODES": "2"}
     slurm |= {"SLURM_SUBMIT_DIR": str(ROOT), "PATH": f"{job / 'bin'}:{os.environ['PATH']}"}
-    ours = {"JOB": str(job), "CODE": str(code), "PYTHON": python or "asked"}
+    ours = {"JOB": str(job), "CODE": str(code), "PYTHON": python or "asked"} | more
     return run([*with_environment(slurm | ours), "bash", "launch/slurm.sh", *arguments], timeout_s=60)
 
 
@@ -209,29 +212,27 @@ def test_slurm_job_runs_where_the_run_folder_cannot_be_told(tmp_path: Path) -> N
     assert not requeued(tmp_path)
 
 
-def test_kubernetes_pods_start_torchrun_with_what_the_operator_sets(monkeypatch: pytest.MonkeyPatch) -> None:
-    job = read("kubernetes")
-    replicas = job["spec"]["pytorchReplicaSpecs"]
-    num_pods = sum(part["replicas"] for part in replicas.values())
-    per_pod = int(job["spec"]["nprocPerNode"])
-    monkeypatch.setenv("PET_NNODES", str(num_pods))
-    monkeypatch.setenv("PET_NPROC_PER_NODE", str(per_pod))
-    monkeypatch.setenv("PET_NODE_RANK", "1")
-    monkeypatch.setenv("PET_MASTER_ADDR", "relora-master-0")
-    for part in replicas.values():
-        assert part["restartPolicy"] == "OnFailure"
-        pod = part["template"]["spec"]
-        container = pod["containers"][0]
-        assert container["name"] == "pytorch"
-        assert container["command"][1:] == ["-m", "torch.distributed.run"]
-        options = get_args_parser().parse_args(container["args"])
-        assert (options.nnodes, options.nproc_per_node, options.node_rank) == (str(num_pods), str(per_pod), 1)
-        assert (options.master_addr, options.module, options.training_script) == ("relora-master-0", True, "relora")
-        assert options.shutdown_timeout < pod["terminationGracePeriodSeconds"]
-        assert container["resources"]["limits"]["nvidia.com/gpu"] == per_pod
-        command, config, *overrides = options.training_script_args
-        assert command == "train"
-        assert accumulation_steps(load_config(ROOT / config, overrides), num_pods * per_pod) >= 1
-        mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-        assert mounted.keys() == {volume["name"] for volume in pod["volumes"]}
-        assert mounted["shm"] == "/dev/shm"
+@pytest.mark.parametrize(("restarts", "again"), [("99", True), ("100", False)])
+def test_slurm_job_is_not_queued_again_without_end(tmp_path: Path, restarts: str, again: bool) -> None:
+    result = slurm_job(
+        tmp_path, "some.yaml", code=143, before="preempted", after="preempted", SLURM_RESTART_COUNT=restarts
+    )
+    assert requeued(tmp_path) == again
+    assert ("has been requeued 100 times (MAX_REQUEUES)" in result.stderr) == (not again)
+
+
+def test_slurm_passes_on_what_srun_does_not_take_over_by_itself(tmp_path: Path) -> None:
+    variables = {"SLURM_CPUS_PER_TASK": "32", "SLURM_ARRAY_TASK_ID": "3", "CONTAINER": "apptainer exec --nv relora.sif"}
+    arguments = ["some.yaml", "seed=%a", "output_dir=runs/seed_%a"]
+    asked = tmp_path / "bin" / "apptainer"  # where relora is asked for the run folder, too
+    asked.parent.mkdir()
+    asked.write_text(PYTHON)
+    asked.chmod(0o755)
+    assert slurm_job(tmp_path, *arguments, code=143, after="preempted", **variables).returncode == 143
+    assert requeued(tmp_path)
+    options = (tmp_path / "srun").read_text().splitlines()
+    assert {"--label", "--export=ALL"} <= set(options)
+    script = ["relora", *variables["CONTAINER"].split(), "bash", "launch/torchrun_multinode.sh"]
+    assert options[-len(script) - 3 :] == [*script, "some.yaml", "seed=3", "output_dir=runs/seed_3"]
+    environment = (tmp_path / "environment").read_text().splitlines()
+    assert {"SRUN_CPUS_PER_TASK=32", "LOG_DIR=slurm-77", "MASTER_ADDR=node1", "NNODES=2"} <= set(environment)

@@ -1,5 +1,6 @@
 """Ranks that are killed, stopped or fail: the others say so and end; those that end in order are not missed."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -107,6 +108,16 @@ def tells(watch: Heartbeat, _: int, *, then_stops: bool) -> None:
     time.sleep(60.0)
 
 
+def follows(watch: Heartbeat, _: int) -> None:
+    """Fails after another rank has, and has time to end by itself."""
+    watch.start()
+    time.sleep(1.2)
+    begin_s = time.monotonic()
+    first = watch.report_failure("RuntimeError: connection closed")
+    os.write(2, f"first: {first}; {time.monotonic() - begin_s < 2 * LIMITS.every_s}\n".encode())
+    watch.stop()
+
+
 def sums(watch: Heartbeat, rank: int) -> None:
     """Waits in a collective for rank 1, which does not come."""
     watch.start()
@@ -139,6 +150,24 @@ def test_what_a_rank_tells_is_said_by_the_others(start: Callable[..., Ranks]) ->
             said = f"relora: process {rank} ended: {ranks.name(1)} failed: ValueError: two lines \\udcff\n"
             assert ranks.end(rank) == (1, said)
         assert ranks.end(1) == (3 if stops else 1, ""), "it ends by itself, or is ended; its traceback says why"
+
+
+def test_a_rank_that_fails_after_another_is_told_of_that_one(start: Callable[..., Ranks]) -> None:
+    ranks = start(follows, partial(tells, then_stops=True))
+    code, said = ranks.end(0)
+    assert code == 0
+    assert f"first: {ranks.name(1)} failed: ValueError: two lines \\udcff; True\n" in said
+    assert ranks.end(1) == (3, ""), "the first is told of nobody"
+
+
+def test_a_rank_that_is_ended_leaves_the_reason_to_its_launcher(
+    start: Callable[..., Ranks], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    ranks = start(sleeps, partial(tells, then_stops=True))
+    said = f"relora: process 0 ended: {ranks.name(1)} failed: ValueError: two lines \\udcff"
+    assert ranks.end(0) == (1, f"{said}\n")
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == said
 
 
 def test_the_store_that_is_gone_with_rank_0(start: Callable[..., Ranks]) -> None:

@@ -70,7 +70,7 @@ def problems(corpus: Path, folder: Path, **overrides: Any) -> list[str]:
 def test_the_files_in_launch_are_not_refused(
     path: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if path.stem == "kubernetes":
+    if path.stem.startswith("kubernetes"):
         return  # not accelerate's
     as_rank_0_of(file(path.stem), monkeypatch)
     kinds = {"fsdp": "fsdp2", "zero": "deepspeed"}

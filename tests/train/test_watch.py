@@ -72,8 +72,12 @@ def hang(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Loop, "update", hung)
 
 
-def test_a_run_in_which_nothing_moves_ends_with_its_stacks(tiny_run: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_in_which_nothing_moves_ends_with_its_stacks(
+    tiny_run: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     hang(monkeypatch)
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    monkeypatch.setenv("TORCH_FR_DUMP_TEMP_FILE", str(tmp_path / "flight_record_"))
     tree = tiny_run(training__timeout_minutes=2 / 60)
     with forked(lambda: train(check(tree))) as run:
         code, said = run.end()
@@ -82,6 +86,8 @@ def test_a_run_in_which_nothing_moves_ends_with_its_stacks(tiny_run: Settings, m
     assert f"relora: {reason}\n" in said
     assert "in hung" in said, "the stack of the main thread"
     assert {key: told(tree)[key] for key in ("status", "reason")} == {"status": "failed", "reason": reason}
+    assert json.loads((tmp_path / "error.json").read_text())["message"] == f"relora: {reason}"
+    assert (tmp_path / "flight_record_0").exists()
 
 
 def test_a_long_evaluation_that_moves_is_no_hang(tiny_run: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
