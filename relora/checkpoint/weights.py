@@ -75,9 +75,9 @@ def _merged(state: State, config: Config, hf_config: PretrainedConfig, task: Tas
     """The plain model of one state."""
     model = empty_model(config.model, hf_config, task)
     if state.stage == "low_rank":
-        # A checkpoint says which layers are wrapped, and holds the exact weights.
+        # A checkpoint says which layers are wrapped, and holds the exact weights. Nothing is computed before the merge.
         usage = ModelUsage(unfit=usage_of_wrapped(model, wrapped_names(state.weights.names)))
-        inject_lora(model, replace(lora_config(config), base_dtype=None), usage=usage)
+        inject_lora(model, replace(lora_config(config), base_dtype=None, kernels="torch"), usage=usage)
     load_weights(model, state.weights, TorchStore())
     if state.stage == "low_rank":
         merge_lora(model)

@@ -61,6 +61,7 @@ def lora_config(config: Config) -> LoRAConfig:
         modules_to_save=modules_to_save,
         forward=lora.forward,
         keep_merged=lora.keep_merged,
+        kernels=lora.kernels,
     )
 
 

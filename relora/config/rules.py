@@ -184,6 +184,14 @@ def merged_forward(config: Config) -> str | None:
     return None
 
 
+def fused_kernels(config: Config) -> str | None:
+    """The Triton kernels read one x: there is none for a dropout on the input of A."""
+    kernels, dropout = config.lora.kernels, config.lora.lora_dropout
+    if config.training.method == "full" or kernels == "torch" or dropout == 0:
+        return None
+    return f"lora.kernels = {kernels}: lora.lora_dropout = {dropout} drops inputs of A alone; must be 0"
+
+
 def synchronized_at_the_end(config: Config) -> str | None:
     """The last update must be a restart, where the processes average what they have learned."""
     if config.relora.sync == "step":
@@ -244,6 +252,7 @@ RULES = (
     Rule(("lora.target_modules",), target_pattern),
     Rule(("relora.carry_residual", "lora.base_dtype", "relora.sync"), residual_of_quantized_weights),
     Rule(("lora.forward", "lora.lora_dropout", "lora.base_dtype", "training.method"), merged_forward),
+    Rule(("lora.kernels", "lora.lora_dropout", "training.method"), fused_kernels),
     Rule(
         ("relora.sync", "training.method", "relora.restart_every", "relora.warm_start_steps", "training.max_steps"),
         synchronized_at_the_end,

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from relora.files import expand_path
-from relora.method.choices import BaseDtype, Bias, Forward, OptimizerName, ReinitName, ResetName
+from relora.method.choices import BaseDtype, Bias, Forward, Kernels, OptimizerName, ReinitName, ResetName
 from relora.method.registry import CUSTOM
 
 Count = Annotated[int, Field(ge=1)]
@@ -153,6 +153,12 @@ class LoraSection(Section):
         True,
         description="cache W + s B A of the merged route from the forward pass of an update to its end, a further "
         "copy of these weights (`relora plan` shows it); not under FSDP2, DeepSpeed or torch_compile",
+        json_schema_extra=HOW,
+    )
+    kernels: Kernels = Field(
+        "torch",
+        description="triton: x W^T + s (x A^T) B^T by one fused kernel, W + s B A by another (a GPU, no dropout; "
+        "`relora[triton]`); not measured on a GPU yet, so it is off",
         json_schema_extra=HOW,
     )
 

@@ -135,7 +135,9 @@ def fake() -> Iterator[LiveBytes]:
 def fake_model(stage: Stage, config: Config, hf_config: PretrainedConfig) -> PreTrainedModel:
     """The model of a stage, as a run builds it. Call within `fake`."""
     model = empty_model(with_known_attention(config.model), hf_config, task_of(config))
-    make_trainable(model, stage, config)
+    # A forecast needs no triton: its kernels allocate about what torch's products do.
+    lora = config.lora.model_copy(update={"kernels": "torch"})
+    make_trainable(model, stage, config.model_copy(update={"lora": lora}))
     # As the engine prepares it; where one cannot cache, `config` says so.
     restrict_layers(model, cache_span="update", can_group=True)
     return model

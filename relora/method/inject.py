@@ -28,6 +28,7 @@ from relora.method.targets import (
     modules_to_save,
     target_problems,
 )
+from relora.method.triton_extra import kernels_problem
 from relora.method.usage import ModelUsage, usage_in_source, watch_usage
 from relora.method.usage_watch import Pass
 
@@ -176,6 +177,11 @@ def problems(model: nn.Module, config: LoRAConfig, usage: ModelUsage | None = No
     doubles = [name for name, weight in weights.items() if weight.dtype == torch.float64]
     if doubles and config.base_dtype is not None:
         found.append(f"base_dtype = {config.base_dtype} would round {doubles[0]}, which is float64, for good")
+    if doubles and config.kernels != "torch":
+        found.append(f"kernels = {config.kernels} would compute {doubles[0]}, which is float64, in float32")
+    # Weights on the meta device compute nothing here; they may be those of a run elsewhere.
+    missing = None if any(weight.is_meta for weight in weights.values()) else kernels_problem(config.kernels)
+    found += [] if missing is None else [missing]
     if config.forward == "merged" and config.base_dtype is None:
         # Weights that come in a dtype in which the merged route would round updates away.
         reasons = {name: merge_problem(None, weight.dtype, dropout=0) for name, weight in weights.items()}

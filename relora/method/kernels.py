@@ -14,14 +14,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from relora.method.base_weights import WeightFormat
-from relora.method.choices import Route
+from relora.method.choices import Kernels, Route
+from relora.method.triton_extra import triton_kernels
+
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class Projection:
         merged: W + delta in the layout of W and the dtype of x, from the layer's cache, for the merged route only;
             None to form it at each use.
         transposed: W is (d_in, d_out) instead of (d_out, d_in).
+        kernels: which compute y and dx of the factored route, and W + delta.
     """
 
     weight: Tensor
@@ -79,6 +83,7 @@ class Projection:
     scale: float
     transposed: bool
     route: Route
+    kernels: Kernels
 
     def scaled_B(self, dtype: torch.dtype) -> Tensor:
         """scale * B, (d_out, r), scaled before it is rounded to `dtype`."""
@@ -98,6 +103,8 @@ class Projection:
         W = frozen_weight(self.weight, self.weight_format, wide)
         A, B = self.A.to(wide), self.B.to(wide)
         left, right = (A.T, B.T) if self.transposed else (B, A)  # left @ right has the layout of W
+        if self.kernels == "triton":
+            return cast(Tensor, triton_kernels().form_merged(W, left, right, self.scale, dtype))
         if dtype == wide or W.device.type != "cpu" or torch.compiler.is_compiling():
             return torch.addmm(W, left, right, alpha=self.scale).to(dtype)
         rows, formed = _cpu_layout.get().block_rows, torch.empty(W.shape, dtype=dtype, device=W.device)
@@ -116,11 +123,18 @@ def frozen_weight(weight: Tensor, weight_format: WeightFormat, dtype: torch.dtyp
     return weight.to(dtype) if weight.is_floating_point() else weight_format.dequantize(weight, dtype)
 
 
-def product(left: Tensor, right: Tensor, *, added: Tensor | None = None, into: Tensor | None = None) -> Tensor:
+def product(
+    left: Tensor, right: Tensor, *, added: Tensor | None = None, into: Tensor | None = None, low: Pair | None = None
+) -> Tensor:
     """left (m, k) @ right (k, n) + added, or the product added in place to `into`; (m, n).
 
     On a CPU each fp32 row of a new result begins at a cache line, if need be with a gap between the rows.
+
+    Args:
+        low: (m, r) and (r, n), whose product is added too, all by one Triton kernel; then `into` is read only.
     """
+    if low is not None:
+        return cast(Tensor, triton_kernels().fused_product(left, right, *low, added if into is None else into))
     if into is not None:
         return into.addmm_(left, right)
     columns, size, place = right.shape[1], left.dtype.itemsize, None
@@ -158,7 +172,7 @@ def project(x: Tensor, projections: Sequence[Projection]) -> tuple[Tensor, ...]:
     """
     rows = x.reshape(-1, x.shape[-1]).to(compute_dtype(x))
     # Autograd must see every tensor as an argument of its own; the rest is static under torch.compile.
-    static = tuple((p.weight_format, p.scale, p.transposed, p.route) for p in projections)
+    static = tuple((p.weight_format, p.scale, p.transposed, p.route, p.kernels) for p in projections)
     tensors = [tensor for p in projections for tensor in (p.weight, p.bias, p.A, p.B, p.merged)]
     outputs: tuple[Tensor, ...] = _Project.apply(static, rows, *tensors)  # type: ignore[no-untyped-call]
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
@@ -192,7 +206,7 @@ def _unpack(static: Sequence[tuple[Any, ...]], tensors: Sequence[Any]) -> list[P
     """The projections whose tensors, `_NUM_TENSORS` each, stand one after the other in `tensors`.
 
     Args:
-        static: weight_format, scale, transposed and route of each projection.
+        static: weight_format, scale, transposed, route and kernels of each projection.
     """
     starts = range(0, len(tensors), _NUM_TENSORS)
     return [Projection(*tensors[i : i + _NUM_TENSORS], *rest) for i, rest in zip(starts, static, strict=True)]
@@ -218,6 +232,8 @@ class _Project(torch.autograd.Function):
                 bias = None if p.bias is None else p.bias.to(x.dtype)
                 if h is None:
                     y = product(x, p.right(x.dtype), added=bias)
+                elif p.kernels == "triton":
+                    y = product(x, p.right(x.dtype), added=p.bias, low=(h, p.scaled_B(x.dtype).T))
                 elif p.bias is None or x.dtype.itemsize >= 4:
                     y = product(x, p.right(x.dtype), into=product(h, p.scaled_B(x.dtype).T, added=bias))
                 else:  # in 16 bits the bias comes last and unrounded
@@ -245,10 +261,11 @@ class _Project(torch.autograd.Function):
             #    which one W at a time is in memory.
             if needs_dx:
                 for (_, p, dy), g in zip(used, gs, strict=True):
-                    if g is not None and p.route == "factored":
+                    if g is not None and p.route == "factored" and p.kernels == "torch":
                         dx = product(g, p.A.to(dy.dtype), into=dx)
-                for _, p, dy in used:
-                    dx = product(dy, p.right(dy.dtype).T, into=dx)
+                for (_, p, dy), g in zip(used, gs, strict=True):
+                    low = None if g is None or p.kernels == "torch" or p.route == "merged" else (g, p.A.to(dy.dtype))
+                    dx = product(dy, p.right(dy.dtype).T, into=dx, low=low)
             # 3. dA (r, d_in) = g^T x, all by one product.
             wanted = [(i, p, g) for (i, p, _), g in zip(used, gs, strict=True) if g is not None and needs[i + _A]]
             of_A = [g for *_, g in wanted]

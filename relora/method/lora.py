@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from relora.method.base_weights import WeightFormat
-from relora.method.choices import BaseDtype, Bias, CacheSpan, Forward, Route
+from relora.method.choices import BaseDtype, Bias, CacheSpan, Forward, Kernels, Route
 from relora.method.delta import lora_delta
 from relora.method.kernels import Projection, compute_dtype, project, project_dropped
 from relora.method.masters import add_master, take_master
@@ -49,6 +49,8 @@ class LoRAConfig:
         forward: merged (one product with W + delta), factored (x A^T B^T beside x W^T), or auto: the cheaper.
         keep_merged: cache W + delta of the merged route for the backward pass instead of forming it again; for longer
             where an engine sets `LoRALinear.cache_span`.
+        kernels: triton: y and dx of the factored route, and W + delta, each by one fused kernel instead of torch's
+            products. Needs a CUDA device, and no dropout.
     """
 
     r: int = 128
@@ -61,6 +63,7 @@ class LoRAConfig:
     base_dtype: BaseDtype | None = None
     forward: Forward = "auto"
     keep_merged: bool = False
+    kernels: Kernels = "torch"
 
     def __post_init__(self) -> None:
         rules = {
@@ -70,6 +73,8 @@ class LoRAConfig:
             f"bias must be none, all or lora_only, not {self.bias!r}": self.bias in ("none", "all", "lora_only"),
             "target_modules must not be empty": len(self.target_modules) > 0,
             f"forward must be auto, merged or factored, not {self.forward!r}": self.forward in get_args(Forward),
+            f"kernels must be torch or triton, not {self.kernels!r}": self.kernels in get_args(Kernels),
+            "kernels must not be triton with lora_dropout": self.kernels == "torch" or self.lora_dropout == 0,
         }
         if self.forward == "merged":
             problem = merge_problem(self.base_dtype, torch.float32, self.lora_dropout)
@@ -96,7 +101,7 @@ class LoRALinear(nn.Module):
         transposed: W is (d_in, d_out), as in a Conv1D.
         master: the exact W in float32 in host memory, or this process's shard of it, where the stored W is coarser;
             else None.
-        forward_choice: `LoRAConfig.forward`.
+        forward_choice, kernels: `LoRAConfig.forward` and `.kernels`.
         override: full-precision W (of its own shape) to use instead of the stored one; set only inside
             `exact_weights`.
         siblings: the layers that it is computed together with, if there are any.
@@ -117,7 +122,7 @@ class LoRALinear(nn.Module):
         self.transposed = is_conv1d(plain)
         d_out, d_in = reversed(weight.shape) if self.transposed else weight.shape
         self.in_features, self.out_features, self.r = d_in, d_out, config.r
-        self.scale, self.forward_choice = config.scale, config.forward
+        self.scale, self.forward_choice, self.kernels = config.scale, config.forward, config.kernels
         self.weight_format = WeightFormat(config.base_dtype, tuple(weight.shape))
         stored = self.weight_format.quantize(weight.detach())
         # The same parameter where nothing is rounded: other modules may hold it.
@@ -235,7 +240,7 @@ class LoRALinear(nn.Module):
         if self.override is not None:
             weight, weight_format = self.override, WeightFormat(None, weight_format.shape)
         tensors = (weight, self.bias, self.lora_A, self.lora_B)
-        projection = Projection(*tensors, None, weight_format, self.scale, self.transposed, route)
+        projection = Projection(*tensors, None, weight_format, self.scale, self.transposed, route, self.kernels)
         if cache is None or route == "factored" or not (with_gradients or outlives):
             return projection
         parameters = weight, self.lora_A, self.lora_B

@@ -32,6 +32,7 @@ from relora.method.parameter_report import parameter_report
 from relora.method.registry import object_problems
 from relora.method.reinit import REINITS, Reinit
 from relora.method.reset import RESETS, Reset
+from relora.method.triton_extra import kernels_problem
 from relora.method.usage import ModelUsage, usage_in_source
 from relora.model.model import read_hf_config, read_skeleton
 from relora.model.probe import probe
@@ -71,13 +72,16 @@ def prepare_data(config: Config) -> PreparedData:
 
 def launch_problems(config: Config) -> list[str]:
     """Problems of the processes that the launcher started, of named objects, and libraries that are missing."""
-    quantized = quantization_problem(config.lora.base_dtype) if config.training.method != "full" else None
+    lora, is_low_rank = config.lora, config.training.method != "full"
+    quantized = quantization_problem(lora.base_dtype) if is_low_rank else None
+    kernels = kernels_problem(lora.kernels) if is_low_rank else None
     return [
         *relora.engines.problems(config, launched_num_processes()),
         *object_problems("relora.reinit", config.relora.reinit, REINITS, Reinit),  # type: ignore[type-abstract]
         *object_problems("relora.optimizer_reset", config.relora.optimizer_reset, RESETS, Reset),  # type: ignore[type-abstract]
         *sink_problems(config.training.report_to),
         *([f"lora.base_dtype = {quantized}"] if quantized else []),
+        *([f"lora.{kernels}"] if kernels else []),
     ]
 
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from relora.checkpoint.load import complete_checkpoints, open_checkpoint
+from relora.checkpoint.load import complete_checkpoints, open_checkpoint, open_states
 from relora.checkpoint.portable import FOUR_AND_FIVE
 from relora.checkpoint.run_folder import RunFolder
 from relora.checkpoint.run_model import keep_files, read_kept_config, token_ids
-from relora.checkpoint.weights import load_weights
+from relora.checkpoint.weights import load_weights, merged_model
 from relora.cli import main
 from relora.commands.load_model import load
 from relora.config import check, load_config
@@ -57,6 +57,15 @@ def test_final_computes_what_the_run_computes(model: dict[str, Any], tiny_run: C
     torch.testing.assert_close(exported(ids).logits, live(ids).logits, atol=1e-5, rtol=0)
     is_tied = exported.get_output_embeddings().weight is exported.get_input_embeddings().weight
     assert is_tied == bool(model.get("tie_word_embeddings", model["model_type"] == "gpt2"))
+
+
+def test_a_machine_without_the_kernels_of_a_run_merges_its_weights(run: Path) -> None:
+    config, checkpoint = load_config(run / "config.yaml"), complete_checkpoints(run / "checkpoints")[-1]
+    of_a_gpu = config.model_copy(update={"lora": config.lora.model_copy(update={"kernels": "triton"})})
+    hf_config = load_hf_config(config.model, task_of(config))
+    ours, theirs = (merged_model(open_states(checkpoint), c, hf_config, task_of(c)) for c in (config, of_a_gpu))
+    for ours_p, theirs_p in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(ours_p, theirs_p)
 
 
 def test_the_folder_is_complete(run: Path) -> None:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 AS_BEFORE = [("data.add_bos", False)]
 # The keys of which DESIGN.md says that another value is the same run, computed otherwise.
 NOT_PART_OF_THE_RUN = {
-    *("lora.forward", "lora.keep_merged", "lora.master"),
+    *("lora.forward", "lora.keep_merged", "lora.kernels", "lora.master"),
     *("output_dir", "hub_timeout_s"),
     *("model.attn_implementation", "model.gradient_checkpointing", "model.torch_compile", "model.liger_kernel"),
     *("data.prepared_dir", "data.num_proc", "data.num_workers"),

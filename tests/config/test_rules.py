@@ -124,6 +124,12 @@ JOINED: list[tuple[tuple[str, ...], dict[str, Any], str, dict[str, Any]]] = [
         {"lora": {"forward": "factored", "lora_dropout": 0.1}},
     ),
     (
+        ("lora.kernels", "lora.lora_dropout", "training.method"),
+        {"lora": {"kernels": "triton", "lora_dropout": 0.1}},
+        "lora.kernels = triton: lora.lora_dropout = 0.1 drops inputs of A alone; must be 0",
+        {"lora": {"kernels": "triton"}},
+    ),
+    (
         ("data.skip",),
         {"data": {"skip": [[0, 3], [7, 7]]}},
         "data.skip = [[7, 7]]: a pair [first, end] leaves out the samples first <= i < end, so first must be smaller "

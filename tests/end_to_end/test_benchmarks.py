@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import storage
+from tests.helpers.interpreter import fresh_kernels
 from tests.helpers.launch import written
 from tests.helpers.programs import ROOT
 
@@ -154,6 +155,19 @@ def test_signals_at_random_moments_lose_nothing_and_leave_nothing(benchmark: Ben
     [rows] = tables.values()
     assert {row["command"]: row["moments"] for row in rows} == {"prepare": 1, "train": 2, "export": 1}
     assert [what for what, limit in limits.items() if not limit["is_met"]] == []
+
+
+def test_triton_kernels_take_turns_with_torch(benchmark: Benchmark) -> None:
+    sizes = ("--shapes", "20x35", "35x20", "--tokens", "5", "7", "--r=3", "--repeats=1")
+    with fresh_kernels(interpreted=True):
+        tables, limits = benchmark("kernels", *sizes)
+    [rows] = tables.values()
+    passes = [("forward", 5), ("backward", 5), ("forward", 7), ("backward", 7), ("W + s B A", None)]
+    assert [(row["what"], row["tokens"]) for row in rows] == 2 * passes
+    assert all(row["triton / torch"] == pytest.approx(row["triton, ms"] / row["torch, ms"]) for row in rows)
+    largest = max(row["triton / torch"] for row in rows if row["what"] == "backward")
+    assert limits["backward, largest triton / torch"]["value"] == largest
+    assert len(limits) == 3
 
 
 SOURCES = {path.stem: path.read_text() for path in sorted((ROOT / "benchmarks").glob("*.py"))}

@@ -88,6 +88,12 @@ def test_a_dry_run_takes_what_real_tensors_take(
     assert (faked.merge > 0) == stage.is_low_rank
 
 
+def test_a_forecast_needs_no_triton_and_no_gpu(config: Config) -> None:
+    of_a_gpu = config.model_copy(update={"lora": config.lora.model_copy(update={"kernels": "triton"})})
+    forecasts = [dry_run_update(LOW, c, hf_config_of(c.model), batch_size=4) for c in (config, of_a_gpu)]
+    assert summary(forecasts[0]) == summary(forecasts[1])
+
+
 def summary(dry_run: DryRun) -> list[int]:
     peak = max(other + gradients for other, gradients in dry_run.passes)
     gradients = dry_run.step[-1][1]
