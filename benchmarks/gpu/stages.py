@@ -25,7 +25,7 @@ class Step:
         name: unique in its stage.
         program: module of `benchmarks`.
         arguments: on a GPU.
-        tiny: instead of them in a dry run, which leaves the step out if it is None: another one is the same program.
+        tiny: instead of them in a dry run; None leaves the step out: another step, or a test, runs the same program.
         minutes: it is ended after so many, and counts as failed.
     """
 
@@ -49,6 +49,7 @@ STAGES = (
         "Checks",
         (
             Step("tests", "gpu.checks", "", "-k test_a_weight_is_stored", minutes=6),
+            Step("kernels", "kernels", "--tokens 8192 --repeats 5"),
             Step("profile", "gpu.profile", "--size 1b --picture {out}/profile.png", "--size tiny"),
         ),
     ),

@@ -1,6 +1,5 @@
 """Wrapped layers on the device: products, gradients, stored weights and restarts against float64 on the host."""
 
-import copy
 from typing import Any
 
 import pytest
@@ -38,13 +37,26 @@ def results(model: nn.Module, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor
     return {name: value.detach().double().cpu() for name, value in found.items() if value is not None}
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "merged": {"forward": "merged"},
+    "merged, cached": {"forward": "merged", "keep_merged": True},
+    "factored": {"forward": "factored"},
+    "merged, triton": {"forward": "merged", "kernels": "triton"},
+    "factored, triton": {"forward": "factored", "kernels": "triton"},
+}
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize(
-    "options", [{"forward": "merged"}, {"forward": "factored"}, {"forward": "merged", "keep_merged": True}]
-)
-def test_products_and_gradients_are_those_of_float64(device: torch.device, dtype: torch.dtype, options: Any) -> None:
-    model, x = model_of(**options), torch.randn(ROWS, D_IN, generator=torch.Generator().manual_seed(1))
-    expected = results(copy.deepcopy(model).double(), x.double(), torch.float64)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_products_and_gradients_are_those_of_float64(device: torch.device, dtype: torch.dtype, options: str) -> None:
+    chosen = dict(OPTIONS[options])
+    exact = model_of(forward=chosen["forward"])
+    if "kernels" in chosen:
+        pytest.importorskip("triton")
+        if device.type == "cpu":
+            pytest.skip("needs a GPU: Triton's interpreter runs in tests/method/test_triton_kernels.py")
+    model, x = model_of(**chosen), torch.randn(ROWS, D_IN, generator=torch.Generator().manual_seed(1))
+    expected = results(exact.double(), x.double(), torch.float64)
     found = results(model.to(device), x.to(device), dtype)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

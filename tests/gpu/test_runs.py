@@ -58,6 +58,10 @@ OPTIONS = {
     "base nf4": Option({"lora__base_dtype": "nf4"}, 0.2, ("bitsandbytes",)),
     "compiled": Option({"model__torch_compile": True}, 1e-3, gpu_only=True),
     "compiled, bf16": Option({"model__torch_compile": True} | BF16, 0.03, gpu_only=True),
+    "Triton": Option({"lora__kernels": "triton"}, 1e-3, ("triton",), gpu_only=True),
+    "Triton, factored, bf16": Option(
+        {"lora__kernels": "triton", "lora__forward": "factored"} | BF16, 0.03, ("triton",), gpu_only=True
+    ),
     "liger": Option({"model__liger_kernel": True}, 1e-3, ("liger_kernel",), gpu_only=True),
     "flash attention": Option(
         {"model__attn_implementation": "flash_attention_2"} | BF16, 0.03, ("flash_attn",), gpu_only=True
