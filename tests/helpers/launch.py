@@ -37,13 +37,14 @@ def command(kind: str, config: Path, *overrides: str) -> list[str]:
     return [*LAUNCHER, *launch_file(kind), "-m", "relora", "train", str(config), *overrides]
 
 
-def launch(
-    options: Sequence[str], program: str, *arguments: str, timeout_s: float = 180
+def forked_launch(
+    options: Sequence[str], program: str, *arguments: str, timeout_s: float = 180, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """`accelerate launch OPTIONS PROGRAM ARGUMENTS` at the root of the repository, launcher and ranks as forks.
 
     Args:
         program: a file of Python there.
+        environment: variables beside those of this process.
 
     Raises:
         subprocess.TimeoutExpired: it took longer; it and every process it started have been killed.
@@ -52,12 +53,13 @@ def launch(
     words = [*options, f"{ROOT}/{program}", *arguments]
     with tempfile.TemporaryDirectory() as folder:
         printed, complained = Path(folder, "stdout"), Path(folder, "stderr")
-        process = fresh_process(_launch, words, dict(os.environ), printed, complained, is_daemon=False)
+        process = fresh_process(_launch, words, os.environ | environment, printed, complained, is_daemon=False)
+        assert process.pid is not None
         try:
             process.join(timeout_s)
             code = process.exitcode
         finally:
-            end_group(process.pid or 0)
+            end_group(process.pid)
             process.kill()  # it may not lead a session yet
             process.join()
         said = [path.read_text() if path.exists() else "" for path in (printed, complained)]
@@ -75,7 +77,7 @@ def _launch(words: Sequence[str], environment: dict[str, str], stdout: Path, std
 
 
 def accelerate(kind: str, config: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """`launch` of `relora train CONFIG` to a successful end; `kind` as in `launch_file`."""
-    result = launch(launch_file(kind), RELORA, "train", str(config), *overrides)
+    """`forked_launch` of `relora train CONFIG` to a successful end; `kind` as in `launch_file`."""
+    result = forked_launch(launch_file(kind), RELORA, "train", str(config), *overrides)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
