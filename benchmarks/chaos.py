@@ -27,11 +27,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.commands.launch import launch_command, launch_command_parser
 
 import relora.train.train  # noqa: F401  # loaded once, before the forks
 from benchmarks import engines
-from benchmarks.forks import PATIENCE_S, Forked, command, forked
+from benchmarks.forks import PATIENCE_S, Forked, accelerate_launch, command, forked
 from benchmarks.signals import left_after, result, write_config
 from benchmarks.tables import Limit, Row, options_of, publish, write_section
 from relora.checkpoint.format import MANIFEST, TEMPORARY_PREFIX
@@ -227,14 +226,7 @@ def start(engine: str, config: str) -> Forked:
         return command("train", config)
     file = f"{engines.ROOT}/launch/{engine}.yaml"
     program = str(engines.ROOT / "relora" / "__main__.py")
-    words = ["--config_file", file, "--num_processes", "2", program, "train", config]
-
-    def launch() -> None:
-        options = launch_command_parser().parse_args(words)
-        options.run_path, options.start_method = True, "fork"  # of torchrun, to which accelerate hands them on
-        launch_command(options)
-
-    return forked(launch)
+    return forked(partial(accelerate_launch, "--config_file", file, "--num_processes", "2", program, "train", config))
 
 
 def undisturbed(engine: str, config: str) -> float:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from accelerate.commands.launch import launch_command, launch_command_parser
+
 from relora.cli import main
 from relora.errors import EXIT_STOPPED, Stopped
 from relora.train.signals import stop_signals
@@ -84,11 +86,7 @@ def forked(program: Callable[[], object]) -> Forked:
         return Forked(pid, Path(log))
     code = EXIT_TRACEBACK
     try:
-        os.setsid()
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
-        # Those of this process may be others, such as a test's.
-        sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
+        begin_session(descriptor, descriptor)
         result = program()
         code = result if isinstance(result, int) else 0
     except Stopped as stopped:
@@ -98,6 +96,25 @@ def forked(program: Callable[[], object]) -> Forked:
         os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(code)
+
+
+def begin_session(stdout: int, stderr: int) -> None:
+    """Let this forked process lead a session, and print to these descriptors line by line."""
+    os.setsid()
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    # The objects of the process that it was forked from may be others, such as a test's.
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
+
+
+def accelerate_launch(*words: str) -> None:
+    """`accelerate launch WORDS` by this process, whose torchrun forks the ranks from it.
+
+    They stay in its session, whereas those of the command have sessions of their own. The program is a path, not `-m`.
+    """
+    options = launch_command_parser().parse_args(words)
+    options.run_path, options.start_method = True, "fork"  # of torchrun, to which accelerate hands them on
+    launch_command(options)
 
 
 def command(*arguments: str) -> Forked:

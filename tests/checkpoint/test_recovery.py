@@ -17,8 +17,7 @@ from relora.config import UserError, check
 from relora.config.yaml12 import dump, parse
 from relora.train.train import train
 from tests.checkpoint.test_resume import assert_same
-from tests.helpers.launch import command, written
-from tests.helpers.programs import run as run_program
+from tests.helpers.launch import accelerate, written
 from tests.helpers.tiny import settings, stopped
 
 NUM_FLIPS = 1000
@@ -225,8 +224,7 @@ def test_links_are_not_followed_on_removal(halfway: dict[str, Any], tmp_path: Pa
 
 def test_two_processes_go_back_together(halfway: dict[str, Any], tmp_path: Path) -> None:
     flip(tmp_path / "run/checkpoints" / NEWEST / "moments-00001.safetensors")
-    result = run_program(command("ddp_cpu", written(halfway, tmp_path)))
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = accelerate("ddp_cpu", written(halfway, tmp_path))
     assert result.stderr.count("relora: warning: checkpoint") == 1
     assert (tmp_path / "run/checkpoints" / f"{NEWEST}.damaged").is_dir()
     assert "resuming from step 8" in result.stdout

@@ -21,20 +21,12 @@ import relora.checkpoint.weights
 import relora.commands.load_model
 import relora.train.stages
 import relora.train.train
+from benchmarks.mutations import MODEL
 from relora.checkpoint.format import sealed
 from relora.cli import main
 from relora.config.yaml12 import dump, parse
 
 WORDS = ["the", "of", "rank", "low", "high", "update", "merge", "train", "loss", "weight"]
-MODEL = {
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "vocab_size": 300,
-    "max_position_embeddings": 64,
-}
 SETTINGS: dict[str, Any] = {
     "output_dir": "new",
     "model": {"config": MODEL},

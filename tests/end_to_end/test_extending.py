@@ -1,6 +1,5 @@
 """The examples of docs/extending.md: each trains, restarts, and resumes to the same weights as without a stop."""
 
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -163,10 +162,8 @@ def test_the_source_reports_its_own_mistakes(corpus: Path, tmp_path: Path) -> No
         train(check(tree))
 
 
-def test_the_engine_halves_the_gradients_that_travel(
-    corpus: Path, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(project), str(ROOT)]))
+@pytest.mark.usefixtures("project")
+def test_the_engine_halves_the_gradients_that_travel(corpus: Path, tmp_path: Path) -> None:
     accelerate("ddp_cpu", written(settings(corpus, tmp_path / "ddp"), tmp_path))
     accelerate("ddp_cpu", written(settings_with("An engine", corpus, tmp_path / "fp16"), tmp_path))
     sent = {name: bytes_sent_in_an_update(tmp_path / name) for name in ("ddp", "fp16")}

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from tests.engines.test_engines import ENGINES
-from tests.helpers.launch import LAUNCHER, launch_file
-from tests.helpers.programs import run
+from tests.helpers.launch import forked_launch, launch_file
 
 TOLERANCE = 1e-4
 WRONG = 100 * TOLERANCE  # a control that comes out closer than this would not be told from a right restart
@@ -38,7 +37,7 @@ def trials(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Told]:
     @cache
     def made(engine: str) -> CompletedProcess[str]:
         once = ["once"] if engine == "fsdp2_offloaded" else []
-        return run([*LAUNCHER, *options(engine, folder), "-m", "tests.helpers.engine_scenarios", *once], timeout_s=600)
+        return forked_launch(options(engine, folder), "tests/helpers/engine_scenarios.py", *once, timeout_s=600)
 
     def told(engine: str) -> Told:
         lines = [json.loads(line) for line in made(engine).stdout.splitlines() if line.startswith('{"scenario"')]

@@ -22,8 +22,7 @@ from relora.config import check
 from relora.method.reinit import REINITS, DrawKey, LayerView
 from relora.train.train import train
 from tests.checkpoint.test_resume import assert_same, stopped
-from tests.helpers import programs
-from tests.helpers.launch import command, written
+from tests.helpers.launch import RELORA, forked_launch, launch_file, written
 from tests.helpers.tiny import metrics, only, settings
 
 NAMES = {
@@ -105,8 +104,9 @@ def pair(engine: str, runs: Callable[[str], Run]) -> Run:
 
 def launched(engine: str, tree: dict[str, Any], folder: Path) -> Run:
     """Train by two processes on the CPU, as the file in launch/ says."""
+    config = str(written(tree, folder))
     # DeepSpeed's first run on a machine compiles for a minute.
-    return Run(tree, programs.run(command(f"{engine}_cpu", written(tree, folder)), timeout_s=300))
+    return Run(tree, forked_launch(launch_file(f"{engine}_cpu"), RELORA, "train", config, timeout_s=300))
 
 
 def assert_equal_numbers(run: Run, single: Run) -> None:

@@ -17,7 +17,7 @@ from relora.config import UserError, check
 from relora.engines.fsdp2 import FSDPOptions
 from relora.engines.world import launched_engine
 from relora.train.preflight import preflight
-from tests.helpers.launch import LAUNCHER, launch_file, written
+from tests.helpers.launch import LAUNCHER, RELORA, forked_launch, launch_file, written
 from tests.helpers.programs import ROOT, run
 from tests.helpers.tiny import MODEL, settings
 
@@ -212,20 +212,35 @@ def test_the_option_that_does_not_exist_starts_nothing(capsys: pytest.CaptureFix
 # Under accelerate itself some of these would be two models that know nothing of each other, or DDP in place of FSDP2
 # and ZeRO: where it is `told`, a variable of its own says that the launch is of CPUs. relora sees that for itself.
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-OF_TWO = {
-    "options": ([*LAUNCHER, "--multi_gpu", *TWO], False, "DDP (gloo)"),
-    "file, told": ([*LAUNCHER, *file("ddp_cpu")], True, "DDP (gloo)"),
-    "torchrun, told": (TORCHRUN, True, "DDP (gloo)"),
-    "fsdp2, told": ([*LAUNCHER, *file("fsdp2_cpu")], True, "FSDP2 (gloo)"),
-    "zero3, told": ([*LAUNCHER, *file("zero3_cpu")], True, "DeepSpeed ZeRO-3 (gloo)"),
-}
+TOLD = {"ACCELERATE_USE_CPU": "true"}
 
 
-@pytest.mark.parametrize("name", OF_TWO)
-def test_two_processes_on_the_cpu_are_what_they_are_called(name: str, config: Path) -> None:
-    launcher, told, engine = OF_TWO[name]
-    variables = {"ACCELERATE_USE_CPU": "true"} if told else {}
-    result = dry_run(launcher, config, **variables)
+@pytest.mark.parametrize(
+    ("launcher", "engine"),
+    [(TORCHRUN, "DDP (gloo)"), ([*LAUNCHER, *file("zero3_cpu")], "DeepSpeed ZeRO-3 (gloo)")],
+    ids=["torchrun, told", "zero3, told"],
+)
+def test_two_processes_on_the_cpu_are_what_they_are_called(launcher: list[str], engine: str, config: Path) -> None:
+    assert_engine_of_two(dry_run(launcher, config, **TOLD), engine)
+
+
+@pytest.mark.parametrize(
+    ("options", "environment", "engine"),
+    [
+        (["--multi_gpu", *TWO], {}, "DDP (gloo)"),
+        (file("ddp_cpu"), TOLD, "DDP (gloo)"),
+        (file("fsdp2_cpu"), TOLD, "FSDP2 (gloo)"),
+    ],
+    ids=["options", "file, told", "fsdp2, told"],
+)
+def test_two_forks_on_the_cpu_are_what_they_are_called(
+    options: list[str], environment: dict[str, str], engine: str, config: Path
+) -> None:
+    result = forked_launch(options, RELORA, "train", str(config), "--dry-run", **environment)
+    assert_engine_of_two(result, engine)
+
+
+def assert_engine_of_two(result: subprocess.CompletedProcess[str], engine: str) -> None:
     assert f"engine {engine}, processes 2, device cpu" in result.stdout, result.stderr[-3000:]
     assert result.returncode == 0
     # Of 21 tensors, whole: ZeRO-3 leaves the model none of its own.

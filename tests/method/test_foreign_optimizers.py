@@ -1,16 +1,15 @@
 """Restarts of optimizers of torch, bitsandbytes, schedulefree and of ones own: all state of a factor begins anew."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes
 import pytest
 import schedulefree
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn, optim
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
@@ -20,8 +19,8 @@ from relora.method.lora import lora_layers
 from relora.method.optimizer import parameter_groups
 from tests.helpers.custom_policies import Lion, Prodigy
 from tests.helpers.toy import factors, full_parameters
+from tests.helpers.wide import NARROW, WIDE, R, update, wrapped
 
-WIDE, NARROW, R = 1100, 30, 4  # A of the first layer and B of the second have 4400 entries: bitsandbytes quantizes them
 SIXTEEN = {"betas": (0.9, 0.95)}
 Build = Callable[[list[dict[str, Any]]], Optimizer]
 
@@ -65,26 +64,14 @@ CASES: dict[str, Build] = {
 }
 
 
-def update(model: nn.Module, optimizer: Optimizer, num_updates: int = 3) -> None:
-    for number in range(num_updates):
-        x = torch.randn(16, WIDE, generator=torch.Generator().manual_seed(number))
-        optimizer.zero_grad()
-        (model(x) - x.roll(1, 1)).square().mean().backward()
-        optimizer.step()
-
-
 def trained(build: Build, *, only_factors: bool = False, mixed: bool = False) -> tuple[nn.Module, Optimizer]:
     """A network of two wrapped layers, and a norm that is trained in full; three updates old."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(WIDE, NARROW, bias=False), nn.LayerNorm(NARROW), nn.Linear(NARROW, WIDE, bias=False)
-    )
-    inject_lora(model, LoRAConfig(r=R, lora_alpha=8, modules_to_save=None if only_factors else "rest"), seed=0)
+    model = wrapped(nn.LayerNorm(NARROW), modules_to_save=None if only_factors else "rest")
     groups = parameter_groups(model, weight_decay=0.01)
     if mixed:
         groups = [{"params": [p for group in groups for p in group["params"]]}]
     optimizer = build(groups)
-    update(model, optimizer)
+    update(model, optimizer, 3)
     return model, optimizer
 
 
@@ -302,30 +289,23 @@ def test_an_optimizer_behind_a_wrapper_is_known_by_its_own_class() -> None:
     assert {optimizer.state[p]["mu_product"].item() for p in factors(model).values()} == {1}
 
 
-@pytest.fixture
-def one_process() -> Iterator[Any]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("case", ["NAdam", "SGD with momentum", "ASGD", "schedule-free AdamW"])
-def test_sharded_state_begins_anew_as_well(one_process: Any, case: str) -> None:
+def test_sharded_state_begins_anew_as_well(mesh: DeviceMesh, case: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(WIDE, NARROW, bias=False), nn.Linear(NARROW, WIDE, bias=False))
     inject_lora(model, LoRAConfig(r=R, lora_alpha=8), seed=0)
-    fully_shard(model, mesh=one_process)
+    fully_shard(model, mesh=mesh)
     for layer in lora_layers(model).values():
         layer.cache_span = "none"
     optimizer = CASES[case](parameter_groups(model, weight_decay=0.0))
-    update(model, optimizer)
+    update(model, optimizer, 3)
     restart(model, optimizer, seed=0, index=1, store=FSDP2Store(torch.device("cpu")))
     twin = trained(CASES["AdamW"], only_factors=True)[0]
     twin = nn.Sequential(twin[0], twin[2])
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         q.data.copy_(p.full_tensor())  # type: ignore[attr-defined]
     fresh = CASES[case](parameter_groups(twin, weight_decay=0.0))
-    update(model, optimizer)
-    update(twin, fresh)
+    update(model, optimizer, 3)
+    update(twin, fresh, 3)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p.full_tensor(), q.data, atol=1e-7, rtol=0)  # type: ignore[attr-defined]

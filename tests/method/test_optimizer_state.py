@@ -10,29 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from relora import LoRAConfig, build_optimizer, inject_lora, restart
+from relora import build_optimizer, restart
 from relora.method.adamw_8bit import ADAMW_8BIT, COMPANIONS, dequantize
 from relora.method.optimizer import OPTIMIZERS
 from relora.method.store import TorchStore
-
-WIDE, NARROW, R = 1100, 30, 4  # A of the wide layer has 4400 entries, 17 blocks and a part; of the narrow one 120
+from tests.helpers.wide import update, wrapped
 
 
 def trained(num_updates: int = 3) -> tuple[nn.Module, Optimizer]:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDE, NARROW, bias=False), nn.Tanh(), nn.Linear(NARROW, WIDE, bias=False))
-    inject_lora(model, LoRAConfig(r=R, lora_alpha=8), seed=0)
+    model = wrapped(nn.Tanh())
     optimizer = build_optimizer(model, name="adamw_8bit", learning_rate=1e-2)
     update(model, optimizer, num_updates)
     return model, optimizer
-
-
-def update(model: nn.Module, optimizer: Optimizer, num_updates: int = 1) -> None:
-    for number in range(num_updates):
-        x = torch.randn(16, WIDE, generator=torch.Generator().manual_seed(number))
-        optimizer.zero_grad()
-        (model(x) - x.roll(1, 1)).square().mean().backward()
-        optimizer.step()
 
 
 def factors(model: nn.Module) -> list[nn.Parameter]:

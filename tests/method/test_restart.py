@@ -3,15 +3,13 @@
 import gc
 import math
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
@@ -278,14 +276,6 @@ def test_a_bad_option_is_refused_before_anything_is_changed(options: dict[str, A
     with pytest.raises(ValueError, match=message):
         restart(model, optimizer, **{"seed": 0, "index": 1, **options})
     assert_unchanged(everything(model, optimizer), before)
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[DeviceMesh]:
-    """A device mesh of this one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
 
 
 @every_reset
