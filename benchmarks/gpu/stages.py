@@ -79,7 +79,6 @@ STAGES = (
                 "llama 3 8b, memory",
                 "step",
                 f"{LLAMA_3_8B} --batch 2 --sequence 4096 --memory --methods peft ours",
-                f"{TINY} --base-dtype bfloat16 --no-train-rest --memory --methods peft ours",
             ),
             Step(
                 "llama 7b nf4",
@@ -91,7 +90,6 @@ STAGES = (
                 "llama 7b nf4, memory",
                 "step",
                 f"{LLAMA_7B} --batch 4 --base-dtype nf4 --memory --methods peft ours",
-                f"{TINY} --base-dtype nf4 --memory --methods ours",
             ),
             Step(
                 "llama 1b, compiled",
