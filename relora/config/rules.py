@@ -172,6 +172,17 @@ def residual_of_quantized_weights(config: Config) -> str | None:
     return None
 
 
+def offset_of_factors(config: Config) -> str | None:
+    """W gives up one product s B A, which all processes train on; its size is a number of peak learning rates."""
+    if config.relora.reinit != "offset":
+        return None
+    if config.relora.sync == "restart":
+        return "relora.reinit = offset: needs relora.sync = step; else each process draws its own factors"
+    if config.optim.learning_rate == 0:
+        return "relora.reinit = offset: needs optim.learning_rate > 0, in which relora.offset_norm is counted"
+    return None
+
+
 def merged_forward(config: Config) -> str | None:
     """The merged route computes (W + s B A) x, which dropout on the input of A and a coarse W would change."""
     if config.training.method == "full" or config.lora.forward != "merged":
@@ -243,6 +254,7 @@ RULES = (
     Rule(("training.trainable", "training.method"), trainable_of_method_full),
     Rule(("lora.target_modules",), target_pattern),
     Rule(("relora.carry_residual", "lora.base_dtype", "relora.sync"), residual_of_quantized_weights),
+    Rule(("relora.reinit", "relora.sync", "optim.learning_rate"), offset_of_factors),
     Rule(("lora.forward", "lora.lora_dropout", "lora.base_dtype", "training.method"), merged_forward),
     Rule(
         ("relora.sync", "training.method", "relora.restart_every", "relora.warm_start_steps", "training.max_steps"),

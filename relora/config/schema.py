@@ -161,7 +161,12 @@ class ReloraSection(Section):
     restart_every: Count | None = Field(2000, description="updates between restarts; null: no restarts")
     warm_start_steps: CountFromZero = Field(0, description="full-rank updates before the first low-rank one")
     reinit: ReinitName | CustomName = Field(
-        "kaiming", description="how new factors are drawn: A by name and B zero, or a `relora.method.reinit.Reinit`"
+        "kaiming",
+        description="new factors: kaiming and orthogonal draw A, and B is zero; offset draws both, and s B A is taken "
+        "out of W; or a `relora.method.reinit.Reinit`",
+    )
+    offset_norm: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="reinit offset: |s B A|_2 / peak learning rate of the factors", json_schema_extra=SINCE_0_2
     )
     optimizer_reset: ResetName | CustomName = Field(
         "zero",

@@ -14,7 +14,7 @@ from relora.checkpoint.master_weights import place_masters
 from relora.checkpoint.state import State
 from relora.checkpoint.weights import first_weights, load_weights, model_weights
 from relora.config import Config
-from relora.config.derived import lora_config, schedule_of
+from relora.config.derived import lora_config, reinit_policy, schedule_of
 from relora.engines import Engine, TrainState
 from relora.errors import raise_if_any
 from relora.method.choices import StageName
@@ -87,7 +87,7 @@ def build(
         start_factors(
             live.model,
             seed=config.seed,
-            reinit=config.relora.reinit,
+            reinit=reinit_policy(config),
             carry_residual=config.relora.carry_residual,
             store=engine.store,
             draw_index=engine.draw_index,

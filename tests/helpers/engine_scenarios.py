@@ -46,7 +46,7 @@ IN_FULL, BEFORE_RESTART, AFTER_RESTART = (0, 1), (2, 3, 4), (5, 6, 7)  # numbers
 BAD = 9  # the update that is not to be made
 ONCE = "once"  # the argument for FSDP2 to reduce gradients once an update
 PRUNINGS = ("keep", "magnitude", "random")
-OFFSET = {"reinit": "tests.helpers.custom_policies:offset"}  # B != 0 after the restart
+OFFSET = {"reinit": "offset"}  # B != 0 after the restart
 # Where parameters are sharded, W + delta is not kept, whatever is asked for.
 LORA = LoRAConfig(r=4, lora_alpha=8, modules_to_save="rest", forward="merged", keep_merged=True)
 Tensors = dict[str, Tensor]
