@@ -3,6 +3,7 @@
 from typing import Any
 
 from relora.config.reference import fields, in_identity
+from relora.config.rules import factors_peak
 from relora.config.schema import Config, SourceSection
 from relora.files import expand_path, sha256_of_json
 from relora.method.lora import LoRAConfig
@@ -69,7 +70,7 @@ def lora_config(config: Config) -> LoRAConfig:
 def reinit_policy(config: Config) -> Reinit:
     """How factors begin. ValueError if the name stands for nothing."""
     if config.relora.reinit == "offset":
-        return Offset(config.relora.offset_norm * config.optim.learning_rate)
+        return Offset(config.relora.offset_norm * factors_peak(config))
     return resolve_object("relora.reinit", config.relora.reinit, REINITS, Reinit)  # type: ignore[type-abstract]
 
 

@@ -178,9 +178,15 @@ def offset_of_factors(config: Config) -> str | None:
         return None
     if config.relora.sync == "restart":
         return "relora.reinit = offset: needs relora.sync = step; else each process draws its own factors"
-    if config.optim.learning_rate == 0:
-        return "relora.reinit = offset: needs optim.learning_rate > 0, in which relora.offset_norm is counted"
+    if factors_peak(config) == 0:
+        return "relora.reinit = offset: the learning rate of the factors, by which relora.offset_norm counts, is 0"
     return None
+
+
+def factors_peak(config: Config) -> float:
+    """The peak learning rate of A and B."""
+    own, of_the_run = config.optim.factors_learning_rate, config.optim.learning_rate
+    return of_the_run if own is None else own
 
 
 def merged_forward(config: Config) -> str | None:
@@ -254,7 +260,10 @@ RULES = (
     Rule(("training.trainable", "training.method"), trainable_of_method_full),
     Rule(("lora.target_modules",), target_pattern),
     Rule(("relora.carry_residual", "lora.base_dtype", "relora.sync"), residual_of_quantized_weights),
-    Rule(("relora.reinit", "relora.sync", "optim.learning_rate"), offset_of_factors),
+    Rule(
+        ("relora.reinit", "relora.sync", "optim.learning_rate", "optim.factors_learning_rate"),
+        offset_of_factors,
+    ),
     Rule(("lora.forward", "lora.lora_dropout", "lora.base_dtype", "training.method"), merged_forward),
     Rule(
         ("relora.sync", "training.method", "relora.restart_every", "relora.warm_start_steps", "training.max_steps"),

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.config import JsonDict
 
 from relora.files import expand_path
-from relora.method.choices import BaseDtype, Bias, Forward, OptimizerName, ReinitName, ResetName
+from relora.method.choices import BaseDtype, Bias, FactorOptimizerName, Forward, OptimizerName, ReinitName, ResetName
 from relora.method.registry import CUSTOM
 
 Count = Annotated[int, Field(ge=1)]
@@ -197,10 +197,17 @@ class OptimSection(Section):
         "a run never waits for it; adamw: torch's own choice of kernel, waits once an update; adamw_8bit: "
         "bitsandbytes', moments in 8 bits (one process or DDP); or a `relora.method.optimizer.OptimizerKind`",
     )
-    learning_rate: NotNegative = Field(1e-3, description="peak learning rate")
-    warm_start_learning_rate: NotNegative | None = Field(
-        None, description="peak learning rate of the warm start; null: learning_rate"
+    factors: FactorOptimizerName | CustomName | None = Field(
+        None,
+        description="optimizer of A and B; product: steps in B A, |step of W|_2 <= the rate (one process or DDP); "
+        "null: optim.name",
+        json_schema_extra=SINCE_0_2,
     )
+    learning_rate: NotNegative = Field(1e-3, description="peak learning rate")
+    factors_learning_rate: NotNegative | None = Field(
+        None, description="peak learning rate of A and B; null: learning_rate", json_schema_extra=SINCE_0_2
+    )
+    warm_start_learning_rate: NotNegative | None = Field(None, description="in the warm start; null: learning_rate")
     adam_beta1: Beta = Field(0.9, description="decay of the first moment")
     adam_beta2: Beta = Field(0.95, description="decay of the second moment")
     adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="added to the root of the second moment")

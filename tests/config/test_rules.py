@@ -8,7 +8,7 @@ from relora.config.rules import RULES
 from tests.config.tree import BASE, FIELDS, merged, problems_of
 
 SYNC = ("relora.sync", "training.method", "relora.restart_every", "relora.warm_start_steps", "training.max_steps")
-OFFSET = ("relora.reinit", "relora.sync", "optim.learning_rate")
+OFFSET = ("relora.reinit", "relora.sync", "optim.learning_rate", "optim.factors_learning_rate")
 JOINED: list[tuple[tuple[str, ...], dict[str, Any], str, dict[str, Any]]] = [
     (
         SYNC,
@@ -127,8 +127,8 @@ JOINED: list[tuple[tuple[str, ...], dict[str, Any], str, dict[str, Any]]] = [
     (
         OFFSET,
         {"relora": {"reinit": "offset"}, "optim": {"learning_rate": 0.0}},
-        "relora.reinit = offset: needs optim.learning_rate > 0, in which relora.offset_norm is counted",
-        {"relora": {"reinit": "offset"}, "optim": {"learning_rate": 1e-9}},
+        "relora.reinit = offset: the learning rate of the factors, by which relora.offset_norm counts, is 0",
+        {"relora": {"reinit": "offset"}, "optim": {"learning_rate": 0.0, "factors_learning_rate": 1e-9}},
     ),
     (
         ("lora.forward", "lora.lora_dropout", "lora.base_dtype", "training.method"),
