@@ -166,7 +166,7 @@ class ReloraSection(Section):
         "out of W; or a `relora.method.reinit.Reinit`",
     )
     offset_norm: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="reinit offset: |s B A|_2 / peak learning rate of the factors", json_schema_extra=SINCE_0_2
+        4.0, description="reinit offset: |s B A|_2 / peak learning rate of the factors", json_schema_extra=SINCE_0_2
     )
     optimizer_reset: ResetName | CustomName = Field(
         "zero",

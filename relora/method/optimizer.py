@@ -1,6 +1,7 @@
 """The parameter groups, and the optimizer over them."""
 
 import importlib.util
+from collections import ChainMap
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -26,13 +27,13 @@ def _adamw(groups: list[dict[str, Any]], settings: dict[str, Any], *, fused: boo
     return AdamW(groups, **settings, fused=fused)
 
 
-OPTIMIZERS: Mapping[str, OptimizerKind] = {
+OPTIMIZERS: dict[str, OptimizerKind] = {
     "adamw": OptimizerKind(_adamw),  # foreach or one by one, as torch chooses
     "adamw_fused": OptimizerKind(partial(_adamw, fused=True)),  # one kernel for many tensors
     "adamw_8bit": ADAMW_8BIT,
 }
 # Of the factors alone, where they have an optimizer of their own.
-FACTOR_OPTIMIZERS: Mapping[str, OptimizerKind] = {**OPTIMIZERS, "product": PRODUCT}
+FACTOR_OPTIMIZERS: Mapping[str, OptimizerKind] = ChainMap({"product": PRODUCT}, OPTIMIZERS)
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
