@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.tables import Limit, options_of, publish
 from relora import LoRAConfig, build_optimizer, inject_lora
-from relora.config.schema import DataSection, ModelSection, SourceSection
+from relora.config.input_sections import DataSection, ModelSection, SourceSection
 from relora.data import PreparedData, prepare
 from relora.data.sources import StdlibSource
 from relora.data.tokenize import usable_cores

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora import LoRAConfig, build_optimizer, inject_lora
-from relora.config.schema import ModelSection
+from relora.config.input_sections import ModelSection
 from relora.method.choices import BaseDtype
 from relora.model.model import build_model, load_hf_config
 from relora.model.tasks import CausalLM

@@ -2,10 +2,14 @@
 
 from typing import Any
 
+from relora.config.input_sections import SourceSection
 from relora.config.reference import fields, in_identity
-from relora.config.schema import Config, SourceSection
+from relora.config.rules import factors_peak
+from relora.config.schema import Config
 from relora.files import expand_path, sha256_of_json
 from relora.method.lora import LoRAConfig
+from relora.method.registry import resolve_object
+from relora.method.reinit import REINITS, Offset, Reinit
 from relora.method.schedule import Schedule
 
 
@@ -65,6 +69,13 @@ def lora_config(config: Config) -> LoRAConfig:
     )
 
 
+def reinit_policy(config: Config) -> Reinit:
+    """How factors begin. ValueError if the name stands for nothing."""
+    if config.relora.reinit == "offset":
+        return Offset(config.relora.offset_norm * factors_peak(config))
+    return resolve_object("relora.reinit", config.relora.reinit, REINITS, Reinit)  # type: ignore[type-abstract]
+
+
 def tokenizer_of(config: Config) -> dict[str, Any]:
     """The tokenizer that the configuration names, as arguments of `relora.data.prepare`.
 
@@ -92,9 +103,14 @@ def derived_numbers(config: Config, num_processes: int) -> dict[str, Any]:
         numbers |= {
             "lora_scale": lora_config(config).scale,
             "restarts": restarts,
-            "reachable_rank": (restarts + 1) * config.lora.r,
+            "reachable_rank": (restarts + 1) * rank_of_a_cycle(config),
         }
     return numbers
+
+
+def rank_of_a_cycle(config: Config) -> int:
+    """The rank that W can change by between two restarts: that of B A - B0 A0 where factors begin with B0 != 0."""
+    return (2 if config.relora.reinit == "offset" else 1) * config.lora.r
 
 
 def identity(config: Config, model_config: dict[str, Any]) -> dict[str, Any]:

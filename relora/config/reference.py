@@ -13,7 +13,7 @@ _WORDS = {int: "an integer", float: "a number", str: "a string", bool: "true or 
 _SIGNS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 _INTRODUCTION = """# Configuration reference
 
-Generated from `relora/config/schema.py` by `python -m relora.config`; a test keeps it current.
+Generated from the classes of `relora/config/schema.py` by `python -m relora.config`; a test keeps it current.
 
 - A file may begin with `extends: other.yaml`: a path relative to the file, or the name of a shipped configuration. Its
   sections are merged key by key, lists are replaced.

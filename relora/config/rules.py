@@ -172,6 +172,23 @@ def residual_of_quantized_weights(config: Config) -> str | None:
     return None
 
 
+def offset_of_factors(config: Config) -> str | None:
+    """W gives up one product s B A, which all processes train on; its size is a number of peak learning rates."""
+    if config.relora.reinit != "offset":
+        return None
+    if config.relora.sync == "restart":
+        return "relora.reinit = offset: needs relora.sync = step; else each process draws its own factors"
+    if factors_peak(config) == 0:
+        return "relora.reinit = offset: the learning rate of the factors, by which relora.offset_norm counts, is 0"
+    return None
+
+
+def factors_peak(config: Config) -> float:
+    """The peak learning rate of A and B."""
+    own, of_the_run = config.optim.factors_learning_rate, config.optim.learning_rate
+    return of_the_run if own is None else own
+
+
 def merged_forward(config: Config) -> str | None:
     """The merged route computes (W + s B A) x, which dropout on the input of A and a coarse W would change."""
     if config.training.method == "full" or config.lora.forward != "merged":
@@ -251,6 +268,10 @@ RULES = (
     Rule(("training.trainable", "training.method"), trainable_of_method_full),
     Rule(("lora.target_modules",), target_pattern),
     Rule(("relora.carry_residual", "lora.base_dtype", "relora.sync"), residual_of_quantized_weights),
+    Rule(
+        ("relora.reinit", "relora.sync", "optim.learning_rate", "optim.factors_learning_rate"),
+        offset_of_factors,
+    ),
     Rule(("lora.forward", "lora.lora_dropout", "lora.base_dtype", "training.method"), merged_forward),
     Rule(("lora.kernels", "lora.lora_dropout", "training.method"), fused_kernels),
     Rule(

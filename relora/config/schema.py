@@ -1,120 +1,36 @@
 """The configuration: every key with its type, default, rule and meaning.
 
 Names follow Hugging Face (transformers, PEFT, datasets) where it has one. Rules that join several keys are in
-`rules.py`. `docs/config.md` is generated from this file by `python -m relora.config`.
+`rules.py`. `docs/config.md` is generated from these classes by `python -m relora.config`.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
-from pydantic.config import JsonDict
+from pydantic import Field
 
-from relora.files import expand_path
-from relora.method.choices import BaseDtype, Bias, Forward, Kernels, OptimizerName, ReinitName, ResetName
-from relora.method.registry import CUSTOM
-
-Count = Annotated[int, Field(ge=1)]
-CountFromZero = Annotated[int, Field(ge=0)]
-Name = Annotated[str, Field(min_length=1)]
-# A path, or the name of something elsewhere that may be a path: ~ and $VARIABLES are expanded.
-PathName = Annotated[str, Field(min_length=1), AfterValidator(expand_path)]
-NotNegative = Annotated[float, Field(ge=0)]
-Beta = Annotated[float, Field(ge=0, lt=1)]
-Pair = Annotated[tuple[CountFromZero, CountFromZero], Field(strict=False)]
-# The name of a user's own object, `module:attribute`, accepted beside the names of a registry.
-CustomName = Annotated[str, Field(pattern=f"^{CUSTOM}$")]
-# Keys that change how a run is computed, not its result: they may differ between two starts of the same run.
-HOW: JsonDict = {"part_of_the_run": False}
-# Keys added after release 0.1: while they have their default they are left out of a run's identity, so that the
-# fingerprint of an older run stays the same; so are the values listed as `as_before`, which older runs had unasked.
-SINCE_0_2: JsonDict = {"since": "0.2"}
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
-
-
-class ModelSection(Section):
-    config: PathName | dict[str, Any] | None = Field(
-        None, description="from scratch: a Hugging Face config, as a JSON file or an inline mapping"
-    )
-    name_or_path: PathName | None = Field(None, description="continual training: a hub id or a folder")
-    revision: Name | None = Field(None, description="branch, tag or commit of name_or_path on the hub")
-    trust_remote_code: bool = Field(False, description="run model code that comes with name_or_path")
-    attn_implementation: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = Field(
-        "sdpa", description="attention kernel, as in transformers", json_schema_extra=HOW
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass", json_schema_extra=HOW
-    )
-    torch_compile: bool = Field(False, description="compile the model with torch.compile", json_schema_extra=HOW)
-    liger_kernel: bool = Field(
-        False,
-        description="fused norms, rotary embeddings and gated units of liger-kernel (a GPU; `relora[liger]`)",
-        json_schema_extra=HOW,
-    )
-
-
-class SourceSection(Section):
-    path: PathName = Field(
-        description="hub id, folder, file or glob (parquet, arrow, json, jsonl, csv, tsv, text; compressed too), "
-        "python-stdlib, or module:attribute of a `relora.data.sources.Source`"
-    )
-    name: Name | None = Field(None, description="configuration of a hub dataset")
-    split: Name = Field("train", description="split of the dataset, as in datasets.load_dataset")
-    revision: Name | None = Field(None, description="branch, tag or commit on the hub")
-    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="share of the samples, relative to the others")
-
-
-class DataSection(Section):
-    sources: Annotated[tuple[SourceSection, ...], Field(min_length=1, strict=False)] = Field(
-        (SourceSection(path="python-stdlib"),), description="the datasets of texts, mixed by weight"
-    )
-    text_field: Name = Field("text", description="the column that holds the text")
-    tokenizer: PathName | None = Field(
-        None,
-        description="hub id or folder; null: name_or_path's own, else a byte-level BPE trained on the sources",
-    )
-    add_bos: Literal["auto"] | bool = Field(
-        "auto",
-        description="begin every document, and every prompt, with BOS; auto: as the tokenizer's template does",
-        json_schema_extra=SINCE_0_2 | {"as_before": [False]},
-    )
-    document_characters: Annotated[int, Field(ge=16)] | None = Field(
-        None,
-        description="for a few long texts: cut them, at line breaks where there are any, into documents of at most so "
-        "many characters, each of which is held out or not; null: a text is one document",
-        json_schema_extra=SINCE_0_2,
-    )
-    sequence_length: Annotated[int, Field(ge=2)] = Field(512, description="tokens per sample")
-    prepared_dir: PathName | None = Field(
-        None,
-        description="folder of the tokens; null: a cache folder named by a hash of their sources and tokenizer",
-        json_schema_extra=HOW,
-    )
-    eval_fraction: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.01, description="fraction of the documents that is held out, chosen by a hash of their text"
-    )
-    eval_tokens: Annotated[int, Field(ge=2)] = Field(
-        1_000_000, description="number of held-out tokens to evaluate on, at most"
-    )
-    document_mask: bool = Field(
-        False, description="mask attention between the documents of a sample; positions restart in each"
-    )
-    skip: Annotated[tuple[Pair, ...], Field(strict=False)] = Field(
-        (),
-        description="training samples to leave out, as pairs [first, end]: those of the indices first <= i < end; the "
-        "line of a spike in the metrics has the indices of its batch",
-        json_schema_extra=SINCE_0_2,
-    )
-    num_proc: Count | None = Field(
-        None, description="processes that prepare the data; null: one per core", json_schema_extra=HOW
-    )
-    num_workers: CountFromZero = Field(
-        2,
-        description="reader processes per training process, which load batches ahead; 0: none",
-        json_schema_extra=HOW,
-    )
+from relora.config.field_types import (
+    HOW,
+    SINCE_0_2,
+    Beta,
+    Count,
+    CountFromZero,
+    CustomName,
+    Name,
+    NotNegative,
+    PathName,
+    Section,
+)
+from relora.config.input_sections import DataSection, ModelSection
+from relora.method.choices import (
+    BaseDtype,
+    Bias,
+    FactorOptimizerName,
+    Forward,
+    Kernels,
+    OptimizerName,
+    ReinitName,
+    ResetName,
+)
 
 
 class LoraSection(Section):
@@ -167,7 +83,12 @@ class ReloraSection(Section):
     restart_every: Count | None = Field(2000, description="updates between restarts; null: no restarts")
     warm_start_steps: CountFromZero = Field(0, description="full-rank updates before the first low-rank one")
     reinit: ReinitName | CustomName = Field(
-        "kaiming", description="how new factors are drawn: A by name and B zero, or a `relora.method.reinit.Reinit`"
+        "kaiming",
+        description="new factors: kaiming and orthogonal draw A, and B is zero; offset draws both, and s B A is taken "
+        "out of W; or a `relora.method.reinit.Reinit`",
+    )
+    offset_norm: Annotated[float, Field(gt=0)] = Field(
+        4.0, description="reinit offset: |s B A|_2 / peak learning rate of the factors", json_schema_extra=SINCE_0_2
     )
     optimizer_reset: ResetName | CustomName = Field(
         "zero",
@@ -198,10 +119,17 @@ class OptimSection(Section):
         "a run never waits for it; adamw: torch's own choice of kernel, waits once an update; adamw_8bit: "
         "bitsandbytes', moments in 8 bits (one process or DDP); or a `relora.method.optimizer.OptimizerKind`",
     )
-    learning_rate: NotNegative = Field(1e-3, description="peak learning rate")
-    warm_start_learning_rate: NotNegative | None = Field(
-        None, description="peak learning rate of the warm start; null: learning_rate"
+    factors: FactorOptimizerName | CustomName | None = Field(
+        None,
+        description="optimizer of A and B; product: steps in B A, |step of W|_2 <= the rate (one process or DDP); "
+        "null: optim.name",
+        json_schema_extra=SINCE_0_2,
     )
+    learning_rate: NotNegative = Field(1e-3, description="peak learning rate")
+    factors_learning_rate: NotNegative | None = Field(
+        None, description="peak learning rate of A and B; null: learning_rate", json_schema_extra=SINCE_0_2
+    )
+    warm_start_learning_rate: NotNegative | None = Field(None, description="in the warm start; null: learning_rate")
     adam_beta1: Beta = Field(0.9, description="decay of the first moment")
     adam_beta2: Beta = Field(0.95, description="decay of the second moment")
     adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="added to the root of the second moment")

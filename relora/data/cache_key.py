@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from relora.config.schema import DataSection
+from relora.config.input_sections import DataSection
 from relora.data.content import cache_folder
 from relora.data.manifest import FORMAT_VERSION
 from relora.data.sources import READING_ERRORS, Source, is_custom

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from relora.config.schema import DataSection
+from relora.config.input_sections import DataSection
 from relora.data.batches import IGNORED_LABEL, NO_TOKENS, Batch, MakeBatch, Ranges, Samples, TokenStream, make_batch
 from relora.data.manifest import MANIFEST, DamagedError, Manifest, StreamRecord, read_manifest, verify
 from relora.data.mixture import Mixture

@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 from datasets.data_files import DataFilesDict, get_data_patterns
 
-from relora.config.schema import SourceSection
+from relora.config.input_sections import SourceSection
 from relora.data.content import content_hashes
 from relora.files import looks_like_a_path, sha256_of_json
 

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from relora.config.schema import DataSection
+from relora.config.input_sections import DataSection
 from relora.data.cache_key import CacheKey, cache_key_of, folder_of
 from relora.data.content import usable_cores
 from relora.data.dataset import TOKENIZER_FOLDER, PreparedData, open_prepared

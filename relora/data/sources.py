@@ -22,7 +22,7 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
-from relora.config.schema import DataSection, SourceSection
+from relora.config.input_sections import DataSection, SourceSection
 from relora.data.local_files import files_identity, find_files, is_local, split_names
 from relora.data.readers import first_fault, read_files
 from relora.errors import DISK_ERRORS, raise_if_any

@@ -13,7 +13,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from relora.config.schema import DataSection
+from relora.config.input_sections import DataSection
 from relora.data.batches import TokenFile
 from relora.data.content import usable_cores
 from relora.data.encoder import TextEncoder, encoder_content

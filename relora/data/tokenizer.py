@@ -10,7 +10,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from relora.config.schema import DataSection
+from relora.config.input_sections import DataSection
 from relora.data.encoder import encoder_content
 from relora.data.sources import TEXT, root_cause
 from relora.data.split import document_pieces, documents_of, is_held_out

@@ -18,6 +18,7 @@ from relora.engines.world import World
 from relora.method.choices import CacheSpan
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
+from relora.method.reinit import Reinit
 from relora.method.restart import RestartReport, restart
 from relora.method.store import Store
 from relora.model.model import compile_in_place
@@ -223,7 +224,7 @@ class Engine(ABC):
         *,
         seed: int,
         index: int,
-        reinit: str = "kaiming",
+        reinit: str | Reinit = "kaiming",
         optimizer_reset: str = "zero",
         prune_ratio: float = 0.9,
         carry_residual: bool = False,

@@ -15,13 +15,14 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from relora.config import Config
-from relora.config.derived import schedule_of
+from relora.config.derived import reinit_policy, schedule_of
 from relora.engines.base import TrainState
 from relora.engines.ddp import DDPEngine
 from relora.engines.state_entry import Entry, state_prefix
 from relora.engines.world import World
 from relora.method.lora import factor_names, lora_layers
 from relora.method.names import named_parameters
+from relora.method.reinit import Kaiming, Reinit
 from relora.method.restart import start_factors
 from relora.method.store import Store, TorchStore
 from relora.model.tasks import Task
@@ -89,7 +90,8 @@ class LocalSGDEngine(DDPEngine):
         super().__init__(world, task, mixed_precision=mixed_precision, max_grad_norm=max_grad_norm)
         self.name += ", separate factors between restarts"
         self.draw_index, self._outer = world.process_index, outer
-        self._seed, self._reinit = 0, "kaiming"
+        self._seed = 0
+        self._reinit: Reinit = Kaiming()
 
     @classmethod
     def from_config(cls, config: Config, world: World, task: Task) -> "LocalSGDEngine":
@@ -101,7 +103,7 @@ class LocalSGDEngine(DDPEngine):
             max_grad_norm=config.optim.max_grad_norm,
             outer=OuterOptimizer(relora.outer_learning_rate, relora.outer_momentum),
         )
-        engine._seed, engine._reinit = config.seed, relora.reinit
+        engine._seed, engine._reinit = config.seed, reinit_policy(config)
         return engine
 
     def prepare(self, model: nn.Module, build_optimizer: Callable[[nn.Module], Optimizer]) -> TrainState:

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PretrainedConfig
 
 from relora.config import Config
-from relora.config.derived import derived_numbers, lora_config, schedule_of
+from relora.config.derived import derived_numbers, lora_config, rank_of_a_cycle, schedule_of
 from relora.forecast.dry_run import dry_run_update
 from relora.forecast.engine_costs import Launch, SentBytes, can_cache_merged, num_independent_updates, sent_bytes
 from relora.forecast.flops import (
@@ -234,7 +234,7 @@ def reachable_rank(config: Config, launch: Launch, models: Mapping[str, StageMod
     if "low_rank" not in models:
         return {}
     num_cycles = schedule_of(config).restarts_done(config.training.max_steps) + 1
-    rank = num_cycles * config.lora.r * num_independent_updates(config, launch)
+    rank = num_cycles * rank_of_a_cycle(config) * num_independent_updates(config, launch)
     sides = [min(shape) for shape in models["low_rank"].parameter_report.wrapped_layers.values()]
     return {"reachable_rank": rank, "full_rank_layers": sum(rank >= side for side in sides)}
 

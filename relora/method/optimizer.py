@@ -1,6 +1,7 @@
 """The parameter groups, and the optimizer over them."""
 
 import importlib.util
+from collections import ChainMap
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -9,43 +10,50 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from relora.method.adamw_8bit import ADAMW_8BIT
+from relora.method.combined_optimizer import CombinedOptimizer
 from relora.method.lora import lora_layers
 from relora.method.names import named_parameters
 from relora.method.optimizer_state import OptimizerKind
+from relora.method.product import PRODUCT
 from relora.method.registry import resolve
 
-_KIND = (
-    "kind"  # key of a parameter group: the name of the optimizer's kind. It stays when DeepSpeed rebuilds the optimizer
-)
+# Keys of a parameter group, which stay when DeepSpeed rebuilds the optimizer: the name of the optimizer's kind, and the
+# group's own peak learning rate, None for that of the run.
+_KIND, PEAK = "kind", "peak_lr"
+_FACTORS = "lora"  # name of the group of the factors
 
 
 def _adamw(groups: list[dict[str, Any]], settings: dict[str, Any], *, fused: bool | None = None) -> Optimizer:
     return AdamW(groups, **settings, fused=fused)
 
 
-OPTIMIZERS: Mapping[str, OptimizerKind] = {
+OPTIMIZERS: dict[str, OptimizerKind] = {
     "adamw": OptimizerKind(_adamw),  # foreach or one by one, as torch chooses
     "adamw_fused": OptimizerKind(partial(_adamw, fused=True)),  # one kernel for many tensors
     "adamw_8bit": ADAMW_8BIT,
 }
+# Of the factors alone, where they have an optimizer of their own.
+FACTOR_OPTIMIZERS: Mapping[str, OptimizerKind] = ChainMap({"product": PRODUCT}, OPTIMIZERS)
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
     """The trainable parameters in groups named lora, full and full_no_decay; empty groups are left out.
 
-    The factors have a group of their own because some engines keep one step count a group. Vectors (biases,
-    norms) are not decayed, as in transformers.
+    The factors have a group of their own because some engines keep one step count a group. It holds A, B, A, B, ... of
+    the layers, and their `scale`. Vectors (biases, norms) are not decayed, as in transformers.
     """
-    factors = {id(p) for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)}
-    groups: dict[str, list[nn.Parameter]] = {"lora": [], "full": [], "full_no_decay": []}
+    layers = list(lora_layers(model).values())
+    factors = {id(p) for layer in layers for p in (layer.lora_A, layer.lora_B)}
+    groups: dict[str, list[nn.Parameter]] = {_FACTORS: [], "full": [], "full_no_decay": []}
     for parameter in named_parameters(model).values():
         if parameter.requires_grad:
             full = "full" if parameter.ndim > 1 else "full_no_decay"
-            groups["lora" if id(parameter) in factors else full].append(parameter)
-    decay = {"lora": weight_decay, "full": weight_decay, "full_no_decay": 0.0}
-    return [
+            groups[_FACTORS if id(parameter) in factors else full].append(parameter)
+    decay = {_FACTORS: weight_decay, "full": weight_decay, "full_no_decay": 0.0}
+    found: list[dict[str, Any]] = [
         {"name": name, "params": members, "weight_decay": decay[name]} for name, members in groups.items() if members
     ]
+    return [group | {"scale": layers[0].scale} if group["name"] == _FACTORS else group for group in found]
 
 
 def build_optimizer(
@@ -57,6 +65,8 @@ def build_optimizer(
     adam_beta2: float = 0.95,
     adam_epsilon: float = 1e-8,
     weight_decay: float = 0.0,
+    factors: str | None = None,
+    factors_learning_rate: float | None = None,
 ) -> Optimizer:
     """An optimizer over the trainable parameters of `model`, the LoRA factors in a group of their own.
 
@@ -64,20 +74,39 @@ def build_optimizer(
         name: adamw (torch's, by its own choice of implementation), adamw_fused (torch's, one kernel for many tensors),
             adamw_8bit (bitsandbytes', with 8-bit moments), or `module:attribute`: an OptimizerKind of your own, or a
             function (groups, settings) -> Optimizer.
+        factors: the optimizer of the factors, where it is another: one of the same names, or product (steps in B @ A,
+            with `adam_beta1` as its momentum).
+        factors_learning_rate: peak rate of the factors, as `peak_lr` of their group, where it is another; that of other
+            groups is None.
 
     Raises:
         ValueError: unknown name, a library is missing, nothing to train, or a parameter that is trained is not in the
-            optimizer.
+            optimizer, or not in a group where its rate can be set.
     """
-    problems = optimizer_problems(name)
+    problems = [
+        *optimizer_problems(name),
+        *optimizer_problems(factors, setting="factors", known=FACTOR_OPTIMIZERS),
+    ]
     if problems:
         raise ValueError("\n".join(problems))
     groups = parameter_groups(model, weight_decay=weight_decay)
     if not groups:
         raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
-    trained = {id(parameter) for group in groups for parameter in group["params"]}
     settings: dict[str, Any] = {"lr": learning_rate, "betas": (adam_beta1, adam_beta2), "eps": adam_epsilon}
-    optimizer = optimizer_kind(name).build(groups, settings)
+    members: dict[str, list[dict[str, Any]]] = {}
+    for group in groups:
+        kind = factors if factors is not None and group["name"] == _FACTORS else name
+        members.setdefault(kind, []).append(group)
+    parts = [_build(kind, of_kind, settings) for kind, of_kind in members.items()]
+    optimizer = parts[0] if len(parts) == 1 else CombinedOptimizer(parts)
+    _set_peaks(optimizer, model, factors_learning_rate)
+    return optimizer
+
+
+def _build(name: str, groups: list[dict[str, Any]], settings: dict[str, Any]) -> Optimizer:
+    """The optimizer of a kind's name over `groups`; ValueError if it is none, or leaves some parameters out."""
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    optimizer = optimizer_kind(name, known=FACTOR_OPTIMIZERS).build(groups, settings)
     if not isinstance(optimizer, Optimizer):
         raise ValueError(f"optimizer = {name}: must build a torch.optim.Optimizer, not {type(optimizer).__name__}")
     left_out = trained - {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -88,14 +117,34 @@ def build_optimizer(
     return optimizer
 
 
-def optimizer_problems(name: str, *, setting: str = "optimizer") -> list[str]:
+def _set_peaks(optimizer: Optimizer, model: nn.Module, of_factors: float | None) -> None:
+    """Write down each group's own peak learning rate; ValueError if factors share a group with other parameters."""
+    factors = {id(p) for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)}
+    for group in optimizer.param_groups:
+        are_factors = {id(parameter) in factors for parameter in group["params"]}
+        if len(are_factors) > 1 and of_factors is not None:
+            raise ValueError(
+                f"factors_learning_rate = {of_factors}: {type(optimizer).__name__} puts factors and other parameters "
+                "into one group, which has one rate"
+            )
+        group[PEAK] = of_factors if are_factors == {True} else None
+        if group[PEAK] is not None:
+            group["lr"] = of_factors
+
+
+def optimizer_problems(
+    name: str | None, *, setting: str = "optimizer", known: Mapping[str, OptimizerKind] = OPTIMIZERS
+) -> list[str]:
     """Why no optimizer of this name can be built here: unknown, or its library is not installed.
 
     Args:
+        name: None for none.
         setting: the key of the configuration that holds the name, for the messages.
     """
+    if name is None:
+        return []
     try:
-        kind = optimizer_kind(name, setting=setting)
+        kind = optimizer_kind(name, setting=setting, known=known)
     except ValueError as error:
         return [str(error)]
     if kind.library is None or importlib.util.find_spec(kind.library) is not None:
@@ -103,9 +152,11 @@ def optimizer_problems(name: str, *, setting: str = "optimizer") -> list[str]:
     return [f"{setting} = {name}: needs {kind.library}: {kind.install}"]
 
 
-def optimizer_kind(name: str, *, setting: str = "optimizer") -> OptimizerKind:
-    """The kind of this name; ValueError if it is neither in OPTIMIZERS nor a callable or kind that can be imported."""
-    kind = resolve(setting, name, OPTIMIZERS)
+def optimizer_kind(
+    name: str, *, setting: str = "optimizer", known: Mapping[str, OptimizerKind] = OPTIMIZERS
+) -> OptimizerKind:
+    """The kind of this name; ValueError if it is neither in `known` nor a callable or kind that can be imported."""
+    kind = resolve(setting, name, known)
     if isinstance(kind, OptimizerKind):
         return kind
     if not callable(kind):
@@ -116,4 +167,4 @@ def optimizer_kind(name: str, *, setting: str = "optimizer") -> OptimizerKind:
 def declared_kind(optimizer: Optimizer) -> OptimizerKind | None:
     """The kind of which `build_optimizer` built it; None for an optimizer that was built elsewhere."""
     group = next(iter(optimizer.param_groups), {})
-    return optimizer_kind(group[_KIND]) if _KIND in group else None
+    return optimizer_kind(group[_KIND], known=FACTOR_OPTIMIZERS) if _KIND in group else None

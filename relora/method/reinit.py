@@ -1,8 +1,8 @@
 """How A and B begin, at injection (index 0) and at every restart (index 1, 2, ...).
 
-A policy returns the factors of one layer. Those of the package draw A and leave B at zero. With B != 0 the restart
-takes scale * B @ A out of W: the function of the model stays the same, and the next merge is the ordinary one. A and B
-are never both zero: the gradient of each is a product with the other, so neither would ever change.
+A policy returns the factors of one layer. Most draw A and leave B at zero. With B != 0 the restart takes
+scale * B @ A out of W: the function of the model stays the same, and the next merge is the ordinary one. A and B are
+never both zero: the gradient of each is a product with the other, so neither would ever change.
 """
 
 import hashlib
@@ -103,6 +103,29 @@ class Orthogonal(Reinit):
         return A, torch.zeros(layer.out_features, layer.r)
 
 
+class Offset(Reinit):
+    """Orthogonal rows of A and columns of B, all of one length: the singular values of scale * B @ A are all `norm`.
+
+    Both factors learn from the first update on. With B = 0 the gradient of A is zero at first, and an optimizer that
+    needs the inverse of B^T B has none. SwitchLoRA (arXiv 2406.06564) swaps single vectors so, at any time.
+
+    Args:
+        norm: |scale * B @ A|_2, in the units of W.
+    """
+
+    def __init__(self, norm: float = 0.1) -> None:
+        if not 0 < norm < math.inf:
+            raise ValueError(f"norm must be > 0 and finite, not {norm}")
+        self.norm = norm
+
+    def factors(self, layer: LayerView, key: DrawKey, residual: Tensor | None) -> Factors:  # noqa: ARG002
+        A, B = torch.empty(layer.r, layer.in_features), torch.empty(layer.out_features, layer.r)
+        length = math.sqrt(self.norm / layer.scale)
+        torch.nn.init.orthogonal_(A, gain=length, generator=key.generator("lora_A"))
+        torch.nn.init.orthogonal_(B, gain=length, generator=key.generator("lora_B"))
+        return A, B
+
+
 class Residual(Reinit):
     """Factors whose product is nearly the best rank-r approximation of what quantization rounded away.
 
@@ -143,4 +166,4 @@ def first_singular_vectors(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor
     return (left, S, right) if tall is matrix else (right, S, left)
 
 
-REINITS: Mapping[str, Reinit] = {"kaiming": Kaiming(), "orthogonal": Orthogonal()}
+REINITS: Mapping[str, Reinit] = {"kaiming": Kaiming(), "orthogonal": Orthogonal(), "offset": Offset()}

@@ -73,7 +73,7 @@ def restart(
     Args:
         optimizer: any of torch's kind; an `OptimizerKind` can declare how its state begins, else a trial shows it.
         seed, index: the key of the draws; `index` counts restarts from 1 (0 is the draw at injection).
-        reinit: kaiming, orthogonal, `module:attribute`, or a policy.
+        reinit: kaiming, orthogonal, offset, `module:attribute`, or a policy (`Offset(norm)` has a size).
         optimizer_reset: zero, magnitude, random, keep, `module:attribute`, or a policy.
         prune_ratio: for `magnitude` and `random`, in (0, 1].
         carry_residual: where W is quantized, the new factors begin as the best rank-r approximation of the rounding

@@ -72,10 +72,15 @@ class Schedule:
             height = self.min_lr_ratio + (1 - self.min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
         return height if summit == step else height * (climb + 1 - (summit - step)) / climb
 
-    def rate(self, step: int) -> float:
-        """The learning rate of the update from `step` to `step + 1`."""
+    def rate(self, step: int, *, peak: float | None = None) -> float:
+        """The learning rate of the update from `step` to `step + 1`.
+
+        Args:
+            peak: of parameters that have a peak rate of their own; None for that of the run.
+        """
         in_warm_start = step < self.warm_start_steps < self.max_steps
-        peak = self.warm_start_learning_rate if in_warm_start else None
+        if peak is None:
+            peak = self.warm_start_learning_rate if in_warm_start else None
         return self.multiplier(step) * (self.learning_rate if peak is None else peak)
 
     def restart_due(self, step: int) -> bool:

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from relora.method.adamw_8bit import ADAMW_8BIT
 from relora.method.optimizer import declared_kind
 from relora.method.optimizer_state import PARAMETER, STEP, Slot, StateRule
+from relora.method.product import PRODUCT
 from relora.method.state_trial import Entry, Trial, layout_of, try_state
 from relora.method.store import Store
 
@@ -27,6 +28,7 @@ KNOWN: Mapping[str, StateRule] = {
     "deepspeed.ops.adam.cpu_adam.DeepSpeedCPUAdam": StateRule(),
     "bitsandbytes.optim.adam.Adam8bit": ADAMW_8BIT,
     "bitsandbytes.optim.adamw.AdamW8bit": ADAMW_8BIT,
+    "relora.method.product.Product": PRODUCT,
     "schedulefree.adamw_schedulefree.AdamWScheduleFree": _AVERAGED,
     "schedulefree.radam_schedulefree.RAdamScheduleFree": _AVERAGED,
     "schedulefree.sgd_schedulefree.SGDScheduleFree": _AVERAGED,

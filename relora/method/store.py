@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from relora.method.base_weights import WeightFormat
+from relora.method.combined_optimizer import CombinedOptimizer
 from relora.method.optimizer_state import STEP, Slot, fresh_state, set_step, state_tensors
 
 
@@ -152,8 +153,11 @@ class Store(ABC):
         inner: Any = getattr(optimizer, "optimizer", None)
         while isinstance(inner, Optimizer) and inner.state is optimizer.state:  # a wrapper that only passes on
             optimizer, inner = inner, getattr(inner, "optimizer", None)
-        groups = (group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
-        return Stepped(optimizer, next(groups, None), parameter, [parameter])
+        for part in optimizer.parts if isinstance(optimizer, CombinedOptimizer) else [optimizer]:
+            for group in part.param_groups:
+                if any(p is parameter for p in group["params"]):
+                    return Stepped(part, group, parameter, [parameter])
+        return Stepped(optimizer, None, parameter, [parameter])
 
     def state(self, optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Any]:
         """The optimizer's own dict of state that covers the parameter; empty before its first update."""
@@ -211,7 +215,8 @@ class Store(ABC):
         self, optimizer: Optimizer, parameter: nn.Parameter, slots: Mapping[str, Slot], *, step: float | None
     ) -> None:
         """Give the parameter exactly these slots, all zero, and the step count unless it is None, as after a resume."""
-        optimizer.state[parameter] = fresh_state(optimizer, parameter, slots, shape=parameter.shape, step=step)
+        stepped = self.stepped(optimizer, parameter).optimizer
+        optimizer.state[parameter] = fresh_state(stepped, parameter, slots, shape=parameter.shape, step=step)
 
 
 class TorchStore(Store):

@@ -16,6 +16,7 @@ from relora.checkpoint.format import History
 from relora.checkpoint.master_weights import exact_weights
 from relora.checkpoint.save import Checkpoints
 from relora.checkpoint.state import State
+from relora.config.derived import reinit_policy
 from relora.data import eval_batches
 from relora.engines import Engine, TrainState
 from relora.errors import UserError, warn
@@ -149,7 +150,7 @@ class Callbacks:
                 self.state,
                 seed=config.seed,
                 index=index,
-                reinit=config.relora.reinit,
+                reinit=reinit_policy(config),
                 optimizer_reset=config.relora.optimizer_reset,
                 prune_ratio=config.relora.prune_ratio,
                 carry_residual=config.relora.carry_residual,

@@ -13,6 +13,7 @@ from relora.data import Batch, Samples
 from relora.data.batches import index_of
 from relora.engines import Engine, TrainState, Update
 from relora.errors import Failed
+from relora.method.optimizer import PEAK
 from relora.method.schedule import Schedule
 from relora.tracking.throughput import Meter
 from relora.tracking.tracker import Tracker
@@ -133,9 +134,8 @@ class Loop:
 
     def update(self, step: int, batches: Sequence[Batch]) -> Update:
         """The update from `step` to `step + 1`. The device may still be computing it afterwards."""
-        rate = self.schedule.rate(step)
         for group in self.state.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.schedule.rate(step, peak=group[PEAK])
         # Dropout: a seed for each micro-batch, a pure function of its place in the run.
         samples_seen, index = step * self.config.training.global_batch_size, self.engine.world.process_index
         keys = [f"{self.config.seed}|{samples_seen}|{index}|{i}|dropout" for i in range(len(batches))]

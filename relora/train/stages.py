@@ -14,7 +14,7 @@ from relora.checkpoint.master_weights import place_masters
 from relora.checkpoint.state import State
 from relora.checkpoint.weights import first_weights, load_weights, model_weights
 from relora.config import Config
-from relora.config.derived import lora_config, schedule_of
+from relora.config.derived import lora_config, reinit_policy, schedule_of
 from relora.engines import Engine, TrainState
 from relora.errors import raise_if_any
 from relora.method.choices import StageName
@@ -87,7 +87,7 @@ def build(
         start_factors(
             live.model,
             seed=config.seed,
-            reinit=config.relora.reinit,
+            reinit=reinit_policy(config),
             carry_residual=config.relora.carry_residual,
             store=engine.store,
             draw_index=engine.draw_index,
@@ -113,7 +113,9 @@ def state_problems(live: TrainState, stage: Stage, config: Config, store: Store)
     reset = resolve_object("relora.optimizer_reset", config.relora.optimizer_reset, RESETS, Reset)  # type: ignore[type-abstract]
     factors = {name: p for name, p in trained.items() if name in factor_names(live.model)}
     found = problems_before_training(live.optimizer, factors, reset, store)
-    return [f"optim.name = {config.optim.name}, relora.optimizer_reset: {problem}" for problem in found]
+    own = config.optim.factors
+    chosen = f"optim.name = {config.optim.name}" if own is None else f"optim.factors = {own}"
+    return [f"{chosen}, relora.optimizer_reset: {problem}" for problem in found]
 
 
 def make_trainable(model: PreTrainedModel, stage: Stage, config: Config, usage: ModelUsage | None = None) -> None:
@@ -166,6 +168,8 @@ def optimizer_for(model: nn.Module, config: Config) -> Optimizer:
         adam_beta2=optim.adam_beta2,
         adam_epsilon=optim.adam_epsilon,
         weight_decay=optim.weight_decay,
+        factors=optim.factors,
+        factors_learning_rate=optim.factors_learning_rate,
     )
 
 

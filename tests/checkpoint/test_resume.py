@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
+from relora.checkpoint.load import open_checkpoint
 from relora.config import UserError, check
 from relora.files import sha256_of
 from relora.model.tasks import CausalLM
@@ -41,6 +43,42 @@ def test_resume_at_any_step(whole: dict[str, Any], step: int, tmp_path: Path) ->
     tree = stopped(whole, step, tmp_path / "run")
     train(check(tree))
     assert_same(tree["output_dir"], whole["output_dir"])
+
+
+@pytest.fixture(scope="module")
+def offset(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run whose factors begin with B != 0, and have an optimizer and a rate of their own."""
+    relora = {"restart_every": 3, "warm_start_steps": 4, "reinit": "offset", "offset_norm": 5.0}
+    optim = {"learning_rate": 1e-2, "factors": "product", "factors_learning_rate": 0.1}
+    tree = settings(corpus, tmp_path_factory.mktemp("offset") / "run", relora=relora, optim=optim)
+    train(check(tree))
+    return tree
+
+
+@pytest.mark.parametrize("step", [4, 6, 7])
+def test_resume_of_factors_that_begin_with_b(offset: dict[str, Any], step: int, tmp_path: Path) -> None:
+    tree = stopped(offset, step, tmp_path / "run")
+    train(check(tree))
+    assert_same(tree["output_dir"], offset["output_dir"])
+
+
+def test_an_offset_is_there_from_the_switch_on_and_leaves_the_function_alone(offset: dict[str, Any]) -> None:
+    folder, layer = Path(offset["output_dir"]), "model.layers.1.mlp.down_proj"
+    for step in (4, 7):
+        weights = open_checkpoint(folder / "checkpoints" / f"step-{step:08d}").weights
+        A, B = (weights.take(f"{layer}.{factor}").double() for factor in ("lora_A", "lora_B"))
+        largest = torch.linalg.matrix_norm(6 / 4 * B @ A, 2).item()
+        assert largest == pytest.approx(5.0 * 0.1, rel=1e-5)  # offset_norm peak rates of the factors
+    lines = metrics(folder)
+    before, after = only(lines, "probe_loss_before"), only(lines, "probe_loss_after")
+    assert before.keys() == {7, 10}
+    assert after == pytest.approx(before, abs=1e-5)
+    state = open_checkpoint(folder / "checkpoints" / "step-00000012")
+    slots = {name: sorted(of) for name, of in state.moments.items()}
+    assert {name for name, of in slots.items() if of == ["momentum_buffer"]} == {
+        name for name in slots if "lora" in name
+    }
+    assert only(lines, "eval_loss")[12] < only(lines, "eval_loss")[4] - 0.1
 
 
 def test_resume_twice(whole: dict[str, Any], tmp_path: Path) -> None:

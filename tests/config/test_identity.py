@@ -139,6 +139,8 @@ def test_derived_numbers() -> None:
         "restarts": 2,  # after 150 and 250; the one at 350 would be at the end
         "reachable_rank": 12,
     }
+    offset = check(merged(config.model_dump(mode="json"), {"relora": {"reinit": "offset"}}))
+    assert derived_numbers(offset, 3)["reachable_rank"] == 24  # a cycle changes W by B A - B0 A0
     with pytest.raises(ValueError, match=r"= 48: must be a multiple of .* = 4 x 5 = 20$"):
         accumulation_steps(config, 5)
 

@@ -8,6 +8,7 @@ from relora.config.rules import RULES
 from tests.config.tree import BASE, FIELDS, merged, problems_of
 
 SYNC = ("relora.sync", "training.method", "relora.restart_every", "relora.warm_start_steps", "training.max_steps")
+OFFSET = ("relora.reinit", "relora.sync", "optim.learning_rate", "optim.factors_learning_rate")
 JOINED: list[tuple[tuple[str, ...], dict[str, Any], str, dict[str, Any]]] = [
     (
         SYNC,
@@ -116,6 +117,18 @@ JOINED: list[tuple[tuple[str, ...], dict[str, Any], str, dict[str, Any]]] = [
         {"relora": {"carry_residual": True, "sync": "restart", "restart_every": 10000}, "lora": {"base_dtype": "nf4"}},
         "relora.carry_residual = true: needs relora.sync = step; else each process draws its own factors",
         {"relora": {"carry_residual": True}, "lora": {"base_dtype": "int8"}},
+    ),
+    (
+        OFFSET,
+        {"relora": {"reinit": "offset", "sync": "restart"}},
+        "relora.reinit = offset: needs relora.sync = step; else each process draws its own factors",
+        {"relora": {"sync": "restart"}},
+    ),
+    (
+        OFFSET,
+        {"relora": {"reinit": "offset"}, "optim": {"learning_rate": 0.0}},
+        "relora.reinit = offset: the learning rate of the factors, by which relora.offset_norm counts, is 0",
+        {"relora": {"reinit": "offset"}, "optim": {"learning_rate": 0.0, "factors_learning_rate": 1e-9}},
     ),
     (
         ("lora.forward", "lora.lora_dropout", "lora.base_dtype", "training.method"),

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from relora.config.schema import DataSection
+from relora.config.input_sections import DataSection
 from relora.data import PreparedData, prepare
 
 WORDS = [

@@ -16,7 +16,7 @@ from relora.errors import UserError
 
 prepare_module = importlib.import_module("relora.data.prepare")  # its name is also that of the function
 PREPARE = (
-    "import sys, importlib; from relora.config.schema import DataSection; import relora.data.tokenize as w;"
+    "import sys, importlib; from relora.config.input_sections import DataSection; import relora.data.tokenize as w;"
     "p = importlib.import_module('relora.data.prepare');"
     "data = DataSection.model_validate_json(sys.argv[1]); w.PIECE_BYTES = 2000\n"
     "%s\n"

@@ -258,7 +258,7 @@ CONFIG = {
     ),
     "peak of nothing": Case(["training.peak_tflops=0"], ["training.peak_tflops = 0: must be a number > 0 or null"]),
     "unknown reinit": Case(
-        ["relora.reinit=kaimin"], ["relora.reinit = kaimin: must be kaiming, orthogonal or module:attribute"]
+        ["relora.reinit=kaimin"], ["relora.reinit = kaimin: must be kaiming, orthogonal, offset or module:attribute"]
     ),
     "misspelt key": Case(["lora.lora_alhpa=8"], ["lora.lora_alhpa = 8: unknown key; the nearest is lora.lora_alpha"]),
     "key of another section": Case(

@@ -98,8 +98,9 @@ def test_a_bad_update_of_one_rank_is_made_by_none(told: Told, kind: str) -> None
 
 
 def test_a_bad_update_that_the_host_has_not_looked_at_is_skipped_alone(trials: Callable[[str], Told]) -> None:
-    for engine in ("ddp", "fsdp2", "fsdp2_offloaded"):
-        for line in both(trials(engine), "unread"):
+    scenarios = [(engine, "unread") for engine in ("ddp", "fsdp2", "fsdp2_offloaded")]
+    for engine, scenario in [*scenarios, ("ddp", "product unread")]:
+        for line in both(trials(engine), scenario):
             assert line["on_device"]
             assert line["skipped"] == [False, True, False]
             assert (line["weights_off"], line["slots_off"]) == (0, 0)
@@ -120,6 +121,13 @@ def test_updates_around_a_restart_are_those_of_one_process(told: Told) -> None:
     for line in both(told, "restart"):
         assert line["off"] <= TOLERANCE
         assert line["least_moved"] > WRONG, "nothing was compared"
+
+
+def test_an_optimizer_of_the_factors_makes_the_updates_of_one_process(trials: Callable[[str], Told]) -> None:
+    for line in both(trials("ddp"), "product"):
+        assert line["off"] <= TOLERANCE
+        assert line["least_moved"] > WRONG, "nothing was compared"
+        assert line["agreed"]
 
 
 def test_logits_right_after_a_restart_are_those_right_before(told: Told) -> None:

@@ -106,12 +106,14 @@ def settings_of(tiny_run: Callable[..., dict[str, Any]], name: str, **training: 
     return tiny_run(name, relora=relora, training={"mixed_precision": "bf16", **lengths, **intervals, **training})
 
 
-@pytest.mark.parametrize("document_mask", [False, True])
+@pytest.mark.parametrize(("document_mask", "factors"), [(False, None), (True, None), (False, "product")])
 def test_results_are_read_one_update_late_but_where_somebody_needs_them(
-    tiny_run: Callable[..., dict[str, Any]], reads: Reads, document_mask: bool
+    tiny_run: Callable[..., dict[str, Any]], reads: Reads, document_mask: bool, factors: str | None
 ) -> None:
-    train(check(settings_of(tiny_run, "run") | {"data": tiny_run()["data"] | {"document_mask": document_mask}}))
-    assert reads.update == [0] * 16, "the default optimizer decides on the device whether it writes"
+    optim = {"optim": {"learning_rate": 1e-2, "factors": factors}}
+    data = {"data": tiny_run()["data"] | {"document_mask": document_mask}}
+    train(check(settings_of(tiny_run, "run") | data | optim))
+    assert reads.update == [0] * 16, "the optimizer decides on the device whether it writes"
     # 3, 6, .. are logged, 4 is the switch, 9 and 14 are restarts, 16 is the end.
     at_once = {3, 4, 6, 9, 12, 14, 15, 16}
     for step in range(1, 17):

@@ -66,6 +66,17 @@ def problems(corpus: Path, folder: Path, **overrides: Any) -> list[str]:
     return []
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero1", "zero3"])
+def test_factors_have_an_optimizer_of_their_own_only_where_they_are_whole(
+    name: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_rank_0_of(file(f"{name}_cpu"), monkeypatch)
+    refused = ["optim.factors = product: needs one process or DDP, in which every factor is whole"]
+    assert problems(corpus, tmp_path, optim={"factors": "product"}) == (refused if name != "ddp" else [])
+    # Method full has no factors.
+    assert problems(corpus, tmp_path, optim={"factors": "product"}, training__method="full") == []
+
+
 @pytest.mark.parametrize("path", sorted(Path(ROOT, "launch").glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_files_in_launch_are_not_refused(
     path: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -88,6 +88,15 @@ def test_what_no_checkpoint_holds_or_no_restart_clears_is_known_before_training(
     assert not [*(tmp_path / "run").glob("checkpoints/step-*")]
 
 
+def test_factors_have_the_rate_that_is_theirs(tiny_run: Callable[..., dict[str, Any]]) -> None:
+    tree = tiny_run(optim={"learning_rate": 1e-2, "factors_learning_rate": 0.0})
+    train(check(tree))
+    states = [open_checkpoint(Path(tree["output_dir"], "checkpoints", f"step-{step:08d}")) for step in (4, 12)]
+    switch, end = ({name: state.weights.take(name) for name in state.weights.names} for state in states)
+    assert not any(values.any() for name, values in end.items() if name.endswith("lora_B"))
+    assert (end["model.norm.weight"] - switch["model.norm.weight"]).abs().max() > 1e-2
+
+
 def test_checkpoints_hold_the_codes_as_they_are(runs: Callable[[str, str], Run]) -> None:
     tree = runs("adamw_8bit", "zero")
     state = open_checkpoint(Path(tree["output_dir"], "checkpoints", f"step-{RESTARTS[0]:08d}"))

@@ -69,8 +69,8 @@ def config(tiny_run: Callable[..., dict[str, Any]]) -> Config:
 @pytest.mark.parametrize("stage", [FULL, LOW], ids=lambda stage: stage.name)
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"training__mixed_precision": "bf16"}, {"data__document_mask": True}],
-    ids=["fp32", "bf16", "masked"],
+    [{}, {"training__mixed_precision": "bf16"}, {"data__document_mask": True}, {"optim": {"factors": "product"}}],
+    ids=["fp32", "bf16", "masked", "product"],
 )
 def test_a_dry_run_takes_what_real_tensors_take(
     stage: Stage,
@@ -92,6 +92,17 @@ def test_a_forecast_needs_no_triton_and_no_gpu(config: Config) -> None:
     of_a_gpu = config.model_copy(update={"lora": config.lora.model_copy(update={"kernels": "triton"})})
     forecasts = [dry_run_update(LOW, c, hf_config_of(c.model), batch_size=4) for c in (config, of_a_gpu)]
     assert summary(forecasts[0]) == summary(forecasts[1])
+
+
+def test_the_state_of_the_product_optimizer_is_one_momentum_a_factor(tiny_run: Callable[..., dict[str, Any]]) -> None:
+    by_optimizer = {}
+    for factors in (None, "product"):
+        config = check(tiny_run(optim={"factors": factors}))
+        hf_config = hf_config_of(config.model)
+        by_optimizer[factors] = dry_run_update(LOW, config, hf_config, batch_size=4).optimizer_state
+    of_factors = stage_model(LOW, config, hf_config).parameter_report.factors
+    num_factors = 2 * 14  # of 2 layers with 7 wrapped weights each; AdamW has a step count of 4 bytes for each
+    assert by_optimizer[None] - by_optimizer["product"] == of_factors.num_bytes + 4 * num_factors
 
 
 def summary(dry_run: DryRun) -> list[int]:

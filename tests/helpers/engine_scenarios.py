@@ -46,7 +46,7 @@ IN_FULL, BEFORE_RESTART, AFTER_RESTART = (0, 1), (2, 3, 4), (5, 6, 7)  # numbers
 BAD = 9  # the update that is not to be made
 ONCE = "once"  # the argument for FSDP2 to reduce gradients once an update
 PRUNINGS = ("keep", "magnitude", "random")
-OFFSET = {"reinit": "tests.helpers.custom_policies:offset"}  # B != 0 after the restart
+OFFSET = {"reinit": "offset"}  # B != 0 after the restart
 # Where parameters are sharded, W + delta is not kept, whatever is asked for.
 LORA = LoRAConfig(r=4, lora_alpha=8, modules_to_save="rest", forward="merged", keep_merged=True)
 Tensors = dict[str, Tensor]
@@ -97,7 +97,10 @@ def main() -> None:
 
     engine.release(live)
     if not engine.name.startswith("DeepSpeed"):
-        tell("unread", **unread(engine, expected["switch"]))
+        tell("unread", **unread(engine, expected["switch"], optimizer_of(name="adamw_fused")))
+    if engine.name.startswith("DDP"):
+        tell("product unread", **unread(engine, expected["switch"], PRODUCT))
+        tell("product", **product(engine, expected["before restart"], expected["product"]))
     with patch("relora.engines.registry.World", return_value=engine.world):  # they have joined already
         tell("bf16", **bf16(expected["before restart"]))
     engine.world.close()
@@ -122,9 +125,13 @@ def plain_model(*, low_rank: bool) -> LlamaForCausalLM:
     return model
 
 
-def optimizer_of(model: nn.Module, name: str = "adamw") -> Optimizer:
+def optimizer_of(**options: Any) -> Callable[[nn.Module], Optimizer]:
     # With an epsilon above its rounding, a gradient that is nothing else moves nothing.
-    return build_optimizer(model, name=name, learning_rate=1e-2, adam_beta1=BETA1, adam_epsilon=1e-5)
+    return partial(build_optimizer, learning_rate=1e-2, adam_beta1=BETA1, adam_epsilon=1e-5, **options)
+
+
+ADAMW = optimizer_of()
+PRODUCT = optimizer_of(name="adamw_fused", factors="product", factors_learning_rate=0.05)
 
 
 def micro_batches(update: int, rank: int) -> list[Batch]:
@@ -149,7 +156,7 @@ def backward(model: nn.Module, update: int, rank: int) -> None:
 def reference() -> dict[str, Tensors]:
     """All of it in one process: plain torch, one AdamW a stage."""
     model = plain_model(low_rank=False)
-    optimizer, found = optimizer_of(model), {}
+    optimizer, found = ADAMW(model), {}
 
     def go_on(numbers: Sequence[int], until: str) -> None:
         for update in numbers:
@@ -162,7 +169,7 @@ def reference() -> dict[str, Tensors]:
 
     go_on(IN_FULL, "full rank")
     inject_lora(model, LORA, seed=0)
-    optimizer = optimizer_of(model)
+    optimizer = ADAMW(model)
     go_on((), "switch")
     go_on(BEFORE_RESTART, "before restart")
     before = deepcopy((model.state_dict(), optimizer.state_dict()))
@@ -172,6 +179,11 @@ def reference() -> dict[str, Tensors]:
         optimizer.load_state_dict(deepcopy(before[1]))
         restart(model, optimizer, seed=0, index=1, **how)
         go_on(AFTER_RESTART, until)
+    model.load_state_dict(before[0])
+    optimizer = PRODUCT(model)
+    go_on(BEFORE_RESTART, "product before restart")
+    restart(model, optimizer, seed=0, index=1, **OFFSET)
+    go_on(AFTER_RESTART, "product")
     return found
 
 
@@ -183,7 +195,7 @@ def begin(
     *,
     low_rank: bool,
     values: Mapping[str, Tensor] | None = None,
-    optimizer: Callable[[nn.Module], Optimizer] = optimizer_of,
+    optimizer: Callable[[nn.Module], Optimizer] = ADAMW,
 ) -> TrainState:
     """A model in the engine's hands, its weights written through the store as the program does it."""
     model = plain_model(low_rank=low_rank)
@@ -284,7 +296,7 @@ def through_the_switch(engine: Engine, expected: Tensors) -> tuple[TrainState, d
     gc.collect()
     num_state_left = sum(not there.expired() for there in old_state)
 
-    live = engine.prepare(plain_model(low_rank=True), optimizer_of)
+    live = engine.prepare(plain_model(low_rank=True), ADAMW)
     load_weights(live.model, handover, engine.store, factors=False)
     del handover
     gc.collect()
@@ -345,9 +357,20 @@ def bad_update(
     }
 
 
-def unread(engine: Engine, start: Tensors) -> dict[str, Any]:
+def product(engine: Engine, start: Tensors, expected: Tensors) -> dict[str, Any]:
+    """Updates and a restart with an optimizer of the factors of their own."""
+    live = begin(engine, low_rank=True, values=start, optimizer=PRODUCT)
+    updates(engine, live, BEFORE_RESTART)
+    restart_and_go_on(engine, live, **OFFSET)
+    end = weights_of(engine, live)
+    agreed = engine.world.all_equal(engine.checksum(live))
+    engine.release(live)
+    return {"off": largest_difference(end, expected), "least_moved": least_moved(end, start), "agreed": agreed}
+
+
+def unread(engine: Engine, start: Tensors, optimizer: Callable[[nn.Module], Optimizer]) -> dict[str, Any]:
     """A good update, a bad one and another good one, none of which the host looks at before all are asked for."""
-    live = begin(engine, low_rank=True, values=start, optimizer=partial(optimizer_of, name="adamw_fused"))
+    live = begin(engine, low_rank=True, values=start, optimizer=optimizer)
     ask = partial(engine.update, live, seeds=[0, 0], stop=False)
     results = [ask(micro_batches(0, engine.world.process_index))]
     before = snapshot(engine, live)

@@ -264,7 +264,7 @@ def test_a_policy_gets_a_copy_of_the_weight() -> None:
     torch.testing.assert_close(model(X), before, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("how", [f"{HERE}:offset", f"{HERE}:Offset", Offset(), Offset])
+@pytest.mark.parametrize("how", ["offset", f"{HERE}:offset", f"{HERE}:Offset", Offset(), Offset])
 def test_an_offset_keeps_the_function_and_the_next_merge_is_the_ordinary_one(how: Any) -> None:
     model = toy()
     plain = {name: model.get_submodule(name).weight.detach().double() for name in ("inner", "conv", "outer")}

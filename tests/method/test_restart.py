@@ -4,6 +4,7 @@ import gc
 import math
 import weakref
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from relora.method.lora import lora_layers
 from relora.method.merge import factor_singular_values
 from relora.method.names import canonical
 from relora.method.optimizer import parameter_groups
-from relora.method.reinit import REINITS, DrawKey, LayerView
+from relora.method.reinit import REINITS, DrawKey, LayerView, Offset
 from tests.helpers import toy
 from tests.helpers.toy import LEARNING_RATE, R, copies, factors, fill_moments, full_parameters, moments, trained, update
 
@@ -262,7 +263,7 @@ def test_a_model_without_lora_layers_is_an_error() -> None:
         ({"index": 0}, "index must be >= 1.* not 0"),
         ({"index": -1}, "not -1"),
         ({"optimizer_reset": "prune"}, "optimizer_reset = prune: must be zero, magnitude, random, keep, or module:"),
-        ({"reinit": "gaussian"}, "reinit = gaussian: must be kaiming, orthogonal, or module:attribute"),
+        ({"reinit": "gaussian"}, "reinit = gaussian: must be kaiming, orthogonal, offset, or module:attribute"),
         ({"reinit": torch.nn.Linear}, "reinit = .*Linear.* must be a Reinit"),
         ({"optimizer_reset": REINITS["kaiming"]}, "optimizer_reset = .* must be a Reset, not Kaiming"),
         ({"optimizer_reset": "random", "prune_ratio": 0.0}, "prune_ratio .* not 0.0"),
@@ -478,6 +479,22 @@ def test_orthogonal_rows_are_orthogonal_and_as_long_as_kaimings(shape: tuple[int
     torch.testing.assert_close(A @ A.T, torch.eye(shape[0], dtype=torch.float64) / 3, atol=1e-6, rtol=0)
     kaiming = draw("kaiming", *shape)
     assert not torch.equal(A.float(), kaiming)
+
+
+@pytest.mark.parametrize(("d_out", "d_in"), [(7, 40), (40, 9), (4, 4)])
+def test_an_offset_is_orthogonal_balanced_and_as_large_as_asked(d_out: int, d_in: int) -> None:
+    layer = LayerView("x", 4, d_in, d_out, 0.5, Mock(side_effect=AssertionError("this policy needs no weight")))
+    A, B = (factor.double() for factor in Offset(0.3).factors(layer, DrawKey(0, 1, "x"), None))
+    squared = 0.3 / 0.5 * torch.eye(4, dtype=torch.float64)  # of the length of a row of A and of a column of B
+    torch.testing.assert_close(A @ A.T, squared, atol=1e-6, rtol=0)
+    torch.testing.assert_close(B.T @ B, squared, atol=1e-6, rtol=0)
+    largest = torch.linalg.svdvals(0.5 * B @ A)[:4]
+    torch.testing.assert_close(largest, torch.full_like(largest, 0.3), atol=1e-6, rtol=0)
+    for other in (DrawKey(1, 1, "x"), DrawKey(0, 2, "x"), DrawKey(0, 1, "y"), DrawKey(0, 1, "x", draw_index=1)):
+        for factor, redrawn in zip((A, B), Offset(0.3).factors(layer, other, None), strict=True):
+            assert (factor - redrawn).abs().max() > 0.05
+    with pytest.raises(ValueError, match="norm must be > 0 and finite, not 0"):
+        Offset(0)
 
 
 def test_the_reinit_asked_for_is_the_one_that_is_drawn() -> None:

@@ -207,3 +207,12 @@ def test_a_negative_step_is_refused() -> None:
 def test_all_that_is_wrong_is_told_at_once() -> None:
     with pytest.raises(ValueError, match=r"(?s)warmup_steps.*min_lr_ratio.*restart_every"):
         lr_multiplier(0, **{**asdict(Shape()), "warmup_steps": -1, "min_lr_ratio": 2, "restart_every": 1})
+
+
+def test_a_group_may_have_a_peak_of_its_own_and_the_schedule_of_the_run() -> None:
+    schedule = Schedule(
+        max_steps=20, warmup_steps=4, warm_start_steps=8, learning_rate=3.0, warm_start_learning_rate=7.0
+    )
+    for step in range(20):
+        assert schedule.rate(step, peak=0.5) == schedule.multiplier(step) * 0.5
+        assert schedule.rate(step, peak=None) == schedule.rate(step) == schedule.multiplier(step) * (7, 3)[step >= 8]
