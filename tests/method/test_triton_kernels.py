@@ -246,7 +246,7 @@ def test_settings_without_a_kernel_are_refused() -> None:
 
 def test_float64_is_refused_when_wrapping_and_when_computing() -> None:
     config = LoRAConfig(r=2, kernels="triton", target_modules=["0"])
-    with pytest.raises(ValueError, match=r"kernels = triton would compute 0\.weight|0, which is float64, in float32"):
+    with pytest.raises(ValueError, match="kernels = triton would compute 0, which is float64, in float32"):
         inject_lora(nn.Sequential(nn.Linear(4, 4).double()), config)
     for route in ("factored", "merged"):
         layer = layer_of("triton", "linear", route, 2).double()  # type: ignore[arg-type]
