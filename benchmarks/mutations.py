@@ -324,10 +324,7 @@ def failure_of(case: Case) -> tuple[str | None, float]:
         )
     finally:
         signal.alarm(0)
-    seconds = time.process_time() - begin
-    if failure is None and seconds > LIMIT_S:
-        failure = f"took {seconds:.1f} s"
-    return failure, seconds
+    return failure, time.process_time() - begin
 
 
 def mutations(first: int, number: int, *, seed: int = 0) -> Iterator[tuple[int, Case, str | None, float]]:
@@ -367,6 +364,8 @@ def main() -> int:
         for index, case, failure, seconds in mutations(options.first, options.number, seed=options.seed):
             counts[case.kind] += 1
             slowest = max(slowest, seconds)
+            if failure is None and seconds > LIMIT_S:
+                failure = f"took {seconds:.1f} s"
             if failure is not None:
                 failures.append({"index": index, "kind": case.kind, "change": case.change, "failure": failure})
                 print(f"{index} {case.kind} {case.command}: {case.change}\n    {failure}", file=sys.stderr, flush=True)
