@@ -25,7 +25,8 @@ def test_the_last_collectives_are_in_a_file_of_the_process(tmp_path: Path, monke
     process.start()
     process.join(60)
     record = pickle.loads((tmp_path / "new/flight_record_3").read_bytes())
-    assert [entry["profiling_name"] for entry in record["entries"]] == ["gloo:all_reduce"]
+    # Before it perhaps those of other tests, which this process was forked with.
+    assert record["entries"][-1]["profiling_name"] == "gloo:all_reduce"
 
 
 def test_without_a_place_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ STAGE_MINUTES = 8.0
 MODEL = "--model configs/models/llama_{size}.json --bf16 --sequence 512"
 LLAMA_1B, LLAMA_350M, LLAMA_7B = (MODEL.format(size=size) for size in ("1b", "350m", "7b"))
 # Llama 3 8B as NeMo AutoModel's table has it: frozen bf16 weights, r = 16, nothing else trains.
-LLAMA_3_8B = "--model configs/models/llama3_8b.json --bf16 --base-dtype bfloat16 --no-train-rest --rank 16"
+LLAMA_3_8B = "--model benchmarks/gpu/llama3_8b.json --bf16 --base-dtype bfloat16 --no-train-rest --rank 16"
 TINY = (
     "--layers 1 --hidden-size 32 --intermediate-size 80 --heads 2 --vocab-size 64 --rank 4 --batch 2 --sequence 16 "
     "--bf16"
