@@ -5,7 +5,7 @@
 
 A whole `relora train` at low rank, on text of a few words; neither logging nor anything else is due in the updates that
 are watched. A gap is a time in which the device does nothing between two kernels; a wait, a call of CUDA's by which the
-host waits for the device.
+host waits for the device. One cudaDeviceSynchronize or two at the end of all updates are the profiler's own.
 """
 
 import argparse
@@ -128,7 +128,9 @@ def device_spans(events: list[Any]) -> list[Span]:
     kept = [
         Span(e.name(), e.start_ns(), e.start_ns() + e.duration_ns())
         for e in events
-        if (str(e.device_type()).endswith("CUDA") if on_gpu else e.name().startswith("aten::"))
+        # Ranges that the host has named are repeated on the device's line, and would cover its gaps.
+        if (on_gpu and str(e.device_type()).endswith("CUDA") and not e.is_user_annotation())
+        or (not on_gpu and e.name().startswith("aten::"))
     ]
     return sorted(kept, key=lambda span: span.start)
 
