@@ -29,6 +29,7 @@ SAME_REQUEST_S = 2.0
 UNWIND_S, OBEYED_S = 3.0, 30.0
 # When its launcher has died, a run may take so long to stop in order; a checkpoint that takes longer is left undone.
 LAUNCHER_GONE, LAUNCHER_GONE_S = "the launcher is gone", 2.5
+LAUNCHERS = (b"torchrun", b"accelerate", b"python")  # one of them is in the command line of every launcher
 LAST_WORDS_S = 2.0  # status.json may be on a disk that hangs
 TICK_S = 0.25
 END_OF_PIPE = 0  # no signal has this number
@@ -276,14 +277,19 @@ def _open_requests() -> dict[int, StopRequest]:
 
 
 def _launcher() -> int | None:
-    """The pid of the launcher that has started this process; None without one: a shell may go and leave its run."""
+    """The pid of the launcher that has started this process, 0 if that is gone already; None without one: a shell may
+    go and leave its run.
+    """
     parent = os.getppid()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return parent
     try:
-        return parent if b"accelerate" in Path(f"/proc/{parent}/cmdline").read_bytes() else None
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
     except OSError:
-        return None
+        command = b""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return parent if b"accelerate" in command else None
+    # Orphans belong to process 1, which in a container may be the launcher itself.
+    is_orphan = parent == 1 and not any(name in command for name in LAUNCHERS)
+    return 0 if is_orphan else parent
 
 
 def _print(line: str) -> None:

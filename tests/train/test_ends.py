@@ -30,6 +30,7 @@ from relora.config import check
 from relora.errors import Stopped
 from relora.train.callbacks import Callbacks
 from relora.train.loop import Loop
+from relora.train.signals import LAUNCHERS, stop_signals
 from relora.train.train import train
 from tests.helpers.launch import command, written
 from tests.helpers.programs import ROOT, end_group
@@ -299,6 +300,31 @@ def test_processes_end_soon_after_their_launcher(corpus: Path, tmp_path: Path, m
     assert step > 0
     with RunFolder(tmp_path / "run").locked():
         pass
+
+
+def test_processes_end_whose_launcher_is_gone_before_they_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if any(name in Path("/proc/1/cmdline").read_bytes() for name in LAUNCHERS):
+        pytest.skip("process 1, to which orphans belong, may be a launcher here")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+
+    def launcher() -> None:
+        own = os.getpid()
+        if os.fork():
+            return
+        while os.getppid() == own:
+            time.sleep(0.01)
+        with suppress(Stopped), stop_signals(restores=False):
+            (tmp_path / "looks").touch()
+            time.sleep(60)
+        os._exit(0)
+
+    with forked(launcher) as process:
+        process.end()
+        gone_s = time.monotonic()
+        while process.orphans():
+            assert time.monotonic() - gone_s < 5
+            time.sleep(0.02)
+    assert (tmp_path / "looks").exists()
 
 
 def test_a_launcher_is_told_the_error_that_it_shows(
