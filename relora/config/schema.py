@@ -115,20 +115,20 @@ class ReloraSection(Section):
 class OptimSection(Section):
     name: OptimizerName | CustomName = Field(
         "adamw_fused",
-        description="adamw_fused: torch's fused AdamW, which decides on the device whether to apply an update, so that "
-        "a run never waits for it; adamw: torch's own choice of kernel, waits once an update; adamw_8bit: "
-        "bitsandbytes', moments in 8 bits (one process or DDP); or a `relora.method.optimizer.OptimizerKind`",
+        description="adamw_fused: torch's fused AdamW, which a run never waits for; adamw: torch's choice of kernel; "
+        "adamw_8bit: bitsandbytes'; muon: torch's for hidden matrices trained in full, adamw_fused for the rest (these "
+        "two: one process, DDP); or a `relora.method.optimizer.OptimizerKind`",
     )
     factors: FactorOptimizerName | CustomName | None = Field(
         None,
-        description="optimizer of A and B; product: steps in B A, |step of W|_2 <= the rate (one process or DDP); "
-        "null: optim.name",
+        description="of A and B; product: steps in B A, |step of W|_2 <= the rate (one process, DDP); null: optim.name",
         json_schema_extra=SINCE_0_2,
     )
     learning_rate: NotNegative = Field(1e-3, description="peak learning rate")
     factors_learning_rate: NotNegative | None = Field(
         None, description="peak learning rate of A and B; null: learning_rate", json_schema_extra=SINCE_0_2
     )
+    muon_learning_rate: NotNegative = Field(0.02, description="peak rate of muon", json_schema_extra=SINCE_0_2)
     warm_start_learning_rate: NotNegative | None = Field(None, description="in the warm start; null: learning_rate")
     adam_beta1: Beta = Field(0.9, description="decay of the first moment")
     adam_beta2: Beta = Field(0.95, description="decay of the second moment")

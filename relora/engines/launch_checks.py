@@ -7,7 +7,7 @@ from relora.config.derived import batch_problems
 from relora.engines import local_sgd
 from relora.engines.deepspeed_config import deepspeed_problems
 from relora.engines.world import launched_engine, world_problems
-from relora.method.optimizer import FACTOR_OPTIMIZERS, optimizer_problems
+from relora.method.optimizer import FACTOR_OPTIMIZERS, optimizer_problems, steps_matrices
 from relora.method.registry import resolve
 
 # Variables by which accelerate passes on what a launch asks for, and relora has no engine for.
@@ -23,16 +23,19 @@ UNSUPPORTED_SIZES = {
 def problems(config: Config, num_processes: int) -> list[str]:
     """One line for each reason why a launch would not train as its environment and the configuration say."""
     engine = launched_engine()
-    is_sharded_8bit = engine != "ddp" and config.optim.name == "adamw_8bit"
+    name = config.optim.name
+    is_sharded_8bit = engine != "ddp" and name == "adamw_8bit"
+    has_sharded_matrices = engine != "ddp" and steps_matrices(name)
     own = config.optim.factors if config.training.method != "full" else None
     is_split = engine != "ddp" and own is not None
     return [
         *_unsupported_launches(),
         *(deepspeed_problems(config, num_processes) if engine == "deepspeed" else []),
         *(_fsdp_problems() if engine == "fsdp2" else []),
-        *optimizer_problems(config.optim.name, setting="optim.name"),
+        *optimizer_problems(name, setting="optim.name"),
         *optimizer_problems(config.optim.factors, setting="optim.factors", known=FACTOR_OPTIMIZERS),
         *(["optim.name = adamw_8bit: needs one process or DDP, in which every parameter is whole"] * is_sharded_8bit),
+        *([f"optim.name = {name}: needs one process or DDP, in which every matrix is whole"] * has_sharded_matrices),
         *([f"optim.factors = {own}: needs one process or DDP, in which every factor is whole"] * is_split),
         *local_sgd.launch_problems(config, engine),
         *_custom_engine_problems(config),

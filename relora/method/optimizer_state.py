@@ -109,11 +109,14 @@ class OptimizerKind(StateRule):
         build: (parameter groups, settings) -> the optimizer. The groups carry `params`, `name` and `weight_decay`, the
             settings `lr`, `betas` and `eps`, so that torch's AdamW is `AdamW(groups, **settings)`.
         library: the module that must be installed, and `install`, the command that installs it.
+        hidden_only: whether it steps whole hidden matrices alone, at a peak rate of their own; adamw_fused trains the
+            rest beside it.
     """
 
     build: Callable[[list[dict[str, Any]], dict[str, Any]], Optimizer]
     library: str | None = None
     install: str | None = None
+    hidden_only: bool = False
 
     @property
     def declares_state(self) -> bool:

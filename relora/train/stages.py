@@ -170,6 +170,7 @@ def optimizer_for(model: nn.Module, config: Config) -> Optimizer:
         weight_decay=optim.weight_decay,
         factors=optim.factors,
         factors_learning_rate=optim.factors_learning_rate,
+        muon_learning_rate=optim.muon_learning_rate,
     )
 
 

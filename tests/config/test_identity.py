@@ -49,7 +49,7 @@ NOT_PART_OF_THE_RUN = {
         ("lora.modules_to_save", "auto, a list of strings or null"),
         ("relora.restart_every", "an integer >= 1 or null"),
         ("relora.optimizer_reset", "zero, magnitude, random, keep or module:attribute"),
-        ("optim.name", "adamw, adamw_fused, adamw_8bit or module:attribute"),
+        ("optim.name", "adamw, adamw_fused, adamw_8bit, muon or module:attribute"),
         ("training.task", "causal_lm or module:attribute"),
         ("data.skip", "a list of pairs of integers >= 0"),
         ("training.report_to", "a list of names, each tensorboard or module:attribute"),

@@ -254,7 +254,7 @@ CONFIG = {
         ["optim.learning_rate=.inf"], ["optim.learning_rate = .inf: must be a number >= 0, and finite"]
     ),
     "unknown optimizer": Case(
-        ["optim.name=adam"], ["optim.name = adam: must be adamw, adamw_fused, adamw_8bit or module:attribute"]
+        ["optim.name=adam"], ["optim.name = adam: must be adamw, adamw_fused, adamw_8bit, muon or module:attribute"]
     ),
     "peak of nothing": Case(["training.peak_tflops=0"], ["training.peak_tflops = 0: must be a number > 0 or null"]),
     "unknown reinit": Case(
@@ -332,6 +332,11 @@ SURROUNDINGS = {
     "8-bit AdamW of sharded parameters": Case(
         ["optim.name=adamw_8bit"],
         ["optim.name = adamw_8bit: needs one process or DDP, in which every parameter is whole"],
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
+    ),
+    "Muon of sharded parameters": Case(
+        ["optim.name=muon"],
+        ["optim.name = muon: needs one process or DDP, in which every matrix is whole"],
         {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
     ),
     "launch for DeepSpeed": Case(

@@ -150,7 +150,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad: tuple[int, ...]) -> None:
     monkeypatch.setattr(CausalLM, "loss", poisoned)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_fused", "adamw"])
+@pytest.mark.parametrize("optimizer", ["adamw_fused", "adamw", "muon"])
 def test_a_bad_batch_counts_as_a_step_and_changes_nothing(
     tiny_run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, optimizer: str
 ) -> None:

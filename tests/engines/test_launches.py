@@ -75,6 +75,8 @@ def test_factors_have_an_optimizer_of_their_own_only_where_they_are_whole(
     assert problems(corpus, tmp_path, optim={"factors": "product"}) == (refused if name != "ddp" else [])
     # Method full has no factors.
     assert problems(corpus, tmp_path, optim={"factors": "product"}, training__method="full") == []
+    refused = ["optim.name = muon: needs one process or DDP, in which every matrix is whole"]
+    assert problems(corpus, tmp_path, optim={"name": "muon"}) == (refused if name != "ddp" else [])
 
 
 @pytest.mark.parametrize("path", sorted(Path(ROOT, "launch").glob("*.yaml")), ids=lambda path: path.stem)

@@ -88,6 +88,21 @@ def test_what_no_checkpoint_holds_or_no_restart_clears_is_known_before_training(
     assert not [*(tmp_path / "run").glob("checkpoints/step-*")]
 
 
+# Within the warm start, where hidden matrices train; and after the first restart, where their momenta are gone.
+def test_a_run_by_muon_resumes_exactly(tiny_run: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    tree = tiny_run(optim={"name": "muon", "learning_rate": 1e-2, "factors": "product", "factors_learning_rate": 0.1})
+    train(check(tree))
+    checkpoints = Path(tree["output_dir"], "checkpoints")
+    momenta = {step: open_checkpoint(checkpoints / f"step-{step:08d}").moments for step in (2, 7)}
+    by_muon = [[name for name, of in found.items() if set(of) == {"momentum_buffer"}] for found in momenta.values()]
+    assert [sum("lora" in name for name in names) for names in by_muon] == [0, 28]
+    assert [len(names) for names in by_muon] == [14, 28]
+    for step in momenta:
+        again = stopped(tree, step, tmp_path / str(step))
+        train(check(again))
+        assert_same(again["output_dir"], tree["output_dir"])
+
+
 def test_factors_have_the_rate_that_is_theirs(tiny_run: Callable[..., dict[str, Any]]) -> None:
     tree = tiny_run(optim={"learning_rate": 1e-2, "factors_learning_rate": 0.0})
     train(check(tree))

@@ -69,8 +69,13 @@ def config(tiny_run: Callable[..., dict[str, Any]]) -> Config:
 @pytest.mark.parametrize("stage", [FULL, LOW], ids=lambda stage: stage.name)
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"training__mixed_precision": "bf16"}, {"data__document_mask": True}, {"optim": {"factors": "product"}}],
-    ids=["fp32", "bf16", "masked", "product"],
+    [
+        {},
+        {"training__mixed_precision": "bf16"},
+        {"data__document_mask": True},
+        {"optim": {"name": "muon", "factors": "product"}},
+    ],
+    ids=["fp32", "bf16", "masked", "muon and product"],
 )
 def test_a_dry_run_takes_what_real_tensors_take(
     stage: Stage,
@@ -103,6 +108,17 @@ def test_the_state_of_the_product_optimizer_is_one_momentum_a_factor(tiny_run: C
     of_factors = stage_model(LOW, config, hf_config).parameter_report.factors
     num_factors = 2 * 14  # of 2 layers with 7 wrapped weights each; AdamW has a step count of 4 bytes for each
     assert by_optimizer[None] - by_optimizer["product"] == of_factors.num_bytes + 4 * num_factors
+
+
+def test_the_state_of_muon_is_one_momentum_a_hidden_matrix(tiny_run: Callable[..., dict[str, Any]]) -> None:
+    by_optimizer = {}
+    for name in ("adamw_fused", "muon"):
+        config = check(tiny_run(optim={"name": name}))
+        hf_config = hf_config_of(config.model)
+        by_optimizer[name] = dry_run_update(FULL, config, hf_config, batch_size=4).optimizer_state
+    d, ffn = MODEL_OF_TESTS["hidden_size"], MODEL_OF_TESTS["intermediate_size"]
+    # One moment less for each entry, and a step count less for each matrix, of 2 layers with 7.
+    assert by_optimizer["adamw_fused"] - by_optimizer["muon"] == 4 * 2 * (4 * d * d + 3 * d * ffn) + 4 * 14
 
 
 def summary(dry_run: DryRun) -> list[int]:

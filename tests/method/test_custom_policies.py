@@ -230,7 +230,7 @@ def test_problems_of_an_optimizer_name_the_setting() -> None:
     assert optimizer_problems("adamw") == []
     assert optimizer_problems(f"{HERE}:lion") == []
     [problem] = optimizer_problems("adam", setting="optim.name")
-    assert problem.startswith("optim.name = adam: must be adamw, adamw_fused, adamw_8bit, or module:attribute")
+    assert problem.startswith("optim.name = adam: must be adamw, adamw_fused, adamw_8bit, muon, or module:attribute")
     [problem] = optimizer_problems(f"{HERE}:HERE", setting="optim.name")
     assert problem.startswith(f"optim.name = {HERE}:HERE: cannot be imported")
 

@@ -134,6 +134,6 @@ def test_without_bitsandbytes_the_message_says_how_to_get_it(monkeypatch: pytest
 
 def test_unknown_optimizer() -> None:
     with pytest.raises(
-        ValueError, match=r"optimizer = sgd: must be adamw, adamw_fused, adamw_8bit, or module:attribute"
+        ValueError, match=r"optimizer = sgd: must be adamw, adamw_fused, adamw_8bit, muon, or module:attribute"
     ):
         build_optimizer(trained(0)[0], name="sgd")

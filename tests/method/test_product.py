@@ -295,7 +295,9 @@ def test_what_are_no_pairs_of_factors_is_refused(shapes: list[tuple[int, ...]], 
 
 def test_product_is_an_optimizer_of_factors_alone() -> None:
     model, _ = trained(0)
-    with pytest.raises(ValueError, match=r"optimizer = product: must be adamw, adamw_fused, adamw_8bit, or module"):
+    with pytest.raises(
+        ValueError, match=r"optimizer = product: must be adamw, adamw_fused, adamw_8bit, muon, or module"
+    ):
         build_optimizer(model, name="product")
     with pytest.raises(ValueError, match=r"factors = produkt: must be .*; the nearest is product"):
         build_optimizer(model, factors="produkt")
