@@ -45,7 +45,7 @@ class Outcome:
     def update_seconds(self) -> float:
         """The median."""
         found = sorted(line["step_seconds"] for line in self.lines if "step_seconds" in line)
-        return found[len(found) // 2]
+        return float(found[len(found) // 2])
 
 
 def make_all(grid: Grid, folder: Path, *, jobs: int) -> list[Outcome]:
