@@ -1,5 +1,6 @@
 """Programs as forks of this process, which has loaded all libraries already: a command costs no seconds of imports."""
 
+import math
 import os
 import signal
 import sys
@@ -96,6 +97,14 @@ def forked(program: Callable[[], object]) -> Forked:
         os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(code)
+
+
+def run_to_end(program: Callable[[], object], what: str) -> None:
+    """Run `program` in a fork, however long it takes; SystemExit with `what` and the end of its output if it failed."""
+    with forked(program) as process:
+        code, said = process.end(patience_s=math.inf)
+    if code:
+        raise SystemExit(f"{what}: {said[-3000:]}")
 
 
 def begin_session(stdout: int, stderr: int) -> None:

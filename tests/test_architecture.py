@@ -25,7 +25,6 @@ ORDER = (
     "data",
     "config",
     "hub",
-    "flight_record",
     "files",
     "errors",
     "text",

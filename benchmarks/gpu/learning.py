@@ -13,11 +13,11 @@ import json
 import math
 import os
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.forks import forked
+from benchmarks.forks import run_to_end
+from benchmarks.pictures import new_figure
 from benchmarks.tables import Row, options_of, publish
 from relora.config import check
 from relora.tracking.metrics_file import read_metrics
@@ -50,15 +50,8 @@ def main() -> None:
 def trained(arm: str, folder: Path, options: argparse.Namespace) -> Lines:
     """The metrics of an arm, trained by a fork: memory and kernels of one are not the other's."""
     tree = settings(arm, folder, options)
-    with forked(partial(train_one, tree)) as process:
-        code, said = process.end(patience_s=math.inf)
-    if code:
-        raise SystemExit(f"{arm}: {said[-3000:]}")
+    run_to_end(lambda: train(check(tree)), arm)
     return read_metrics(Path(tree["output_dir"]) / "metrics.jsonl")
-
-
-def train_one(tree: dict[str, Any]) -> None:
-    train(check(tree))
 
 
 def tokens_of(options: argparse.Namespace) -> int:
@@ -122,12 +115,7 @@ def end_loss(lines: Lines) -> float:
 
 def draw(lines: dict[str, Lines], path: Path) -> Path:
     """Held-out loss against tokens."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = new_figure(8, 5)
     for arm, of_arm in lines.items():
         tokens = {line["step"]: line["tokens"] for line in of_arm if "tokens" in line}
         points = [(tokens.get(line["step"], 0), line["eval_loss"]) for line in of_arm if "eval_loss" in line]

@@ -23,6 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.engines import write_corpus
+from benchmarks.pictures import new_figure
 from benchmarks.tables import Limit, Row, options_of, publish
 from relora.config import check
 from relora.train.loop import Loop
@@ -190,12 +191,7 @@ def gap_row(before: Span, after: Span) -> Row:
 
 def draw(spans: list[Span], path: Path) -> Path:
     """The timeline, a line for each kind of kernel."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(12, 3), layout="constrained")
+    figure, axes = new_figure(12, 3)
     for line, kind in enumerate(KINDS):
         bars = [((s.start - spans[0].start) / 1e6, (s.end - s.start) / 1e6) for s in spans if s.kind == kind]
         axes.broken_barh(bars, (line - 0.4, 0.8), facecolors=f"C{line}")

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from benchmarks.pictures import new_figure
 from benchmarks.quality.grid import Cell, Grid
 from benchmarks.quality.runs import Outcome
 from benchmarks.tables import Row, machine, table, write_section
@@ -152,7 +153,7 @@ def memory_of(cell: Cell, grid: Grid, runs: Path) -> tuple[int, int]:
 
 def draw_curves(arms: Sequence[Searched], grid: Grid) -> Any:
     """Held-out loss against tokens, each arm at its best rate, every seed a line."""
-    figure, axes = new_figure()
+    figure, axes = new_figure(8, 5)
     for number, arm in enumerate(arms):
         for one in arm.best:
             points = [(step * grid.tokens_per_update(), loss) for step, loss in one.curve if step]
@@ -165,7 +166,7 @@ def draw_curves(arms: Sequence[Searched], grid: Grid) -> Any:
 
 def draw_rates(arms: Sequence[Searched]) -> Any:
     """Loss at the end against the learning rate."""
-    figure, axes = new_figure()
+    figure, axes = new_figure(8, 5)
     for arm in arms:
         points = [(rate, arm.mean(rate)) for rate in arm.by_rate if math.isfinite(arm.mean(rate))]
         if points:
@@ -173,12 +174,3 @@ def draw_rates(arms: Sequence[Searched]) -> Any:
     axes.set(xscale="log", xlabel="peak learning rate", ylabel="held-out loss at the end, nats a byte")
     axes.legend()
     return figure
-
-
-def new_figure() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot.subplots(figsize=(8, 5), layout="constrained")

@@ -6,11 +6,10 @@ from collections import deque
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.forks import Forked, forked
+from benchmarks.forks import Forked, forked, run_to_end
 from benchmarks.quality.arms import Tree
 from benchmarks.quality.bed import write_tokenizer
 from benchmarks.quality.grid import Cell, Grid
@@ -56,17 +55,17 @@ def make_all(grid: Grid, folder: Path, *, jobs: int) -> list[Outcome]:
     missing = [cell for cell in cells if not _has_ended(cell, trees[cell], folder)]
     if missing:
         write_tokenizer(shared / "tokenizer")
-        _end(Running(trees[missing[0]], _prepare))
+        run_to_end(lambda: prepare(check(trees[missing[0]])), "prepare")
         _make(missing, trees, folder, jobs=jobs)
     return [outcome_of(cell, folder) for cell in cells]
 
 
 class Running:
-    """A program in a fork, over a configuration."""
+    """A run in a fork."""
 
-    def __init__(self, tree: Tree, program: Any) -> None:
+    def __init__(self, tree: Tree) -> None:
         self._stack = ExitStack()
-        self.process: Forked = self._stack.enter_context(forked(partial(program, tree)))
+        self.process: Forked = self._stack.enter_context(forked(lambda: train(check(tree))))
 
     def close(self) -> tuple[int, str]:
         """Exit code and output; ends it if it has not ended."""
@@ -80,7 +79,7 @@ def _make(missing: Iterable[Cell], trees: dict[Cell, Tree], folder: Path, *, job
         while waiting or running:
             while waiting and len(running) < jobs:
                 cell = waiting.popleft()
-                running[cell] = Running(trees[cell], _train)
+                running[cell] = Running(trees[cell])
             for cell in [cell for cell, one in running.items() if one.process.has_ended()]:
                 code, said = running.pop(cell).close()
                 _record(cell, trees[cell], folder, code, said)
@@ -89,23 +88,6 @@ def _make(missing: Iterable[Cell], trees: dict[Cell, Tree], folder: Path, *, job
     finally:
         for one in running.values():
             one.close()
-
-
-def _end(one: Running) -> None:
-    """Wait until it ends; SystemExit if it failed."""
-    while not one.process.has_ended():
-        time.sleep(0.02)
-    code, said = one.close()
-    if code:
-        raise SystemExit(said[-3000:])
-
-
-def _prepare(tree: Tree) -> None:
-    prepare(check(tree))
-
-
-def _train(tree: Tree) -> None:
-    train(check(tree))
 
 
 def _record(cell: Cell, tree: Tree, folder: Path, code: int, said: str) -> None:

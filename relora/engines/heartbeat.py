@@ -20,8 +20,8 @@ from datetime import timedelta
 from torch import distributed
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from relora.engines.flight_record import write_flight_record
 from relora.errors import leave_for_launcher
-from relora.flight_record import write_flight_record
 
 # The beginning of the reason of a process whose watchdog has ended it: the others print their stacks too.
 NOTHING_MOVED = "nothing has moved for"

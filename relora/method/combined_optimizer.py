@@ -10,6 +10,14 @@ from torch.optim import Optimizer
 FLAGS = ("found_inf", "grad_scale")  # by which torch's GradScaler and `Engine.step` tell an optimizer what to do
 
 
+def evaluated(closure: Callable[[], float] | None) -> float | None:
+    """The loss of a closure that was given to `Optimizer.step`, with its gradients; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class CombinedOptimizer(Optimizer):
     """Steps each of `parts`, which train different parameters.
 
@@ -35,10 +43,7 @@ class CombinedOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step of each part."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for part in self.parts:
             for flag in FLAGS:
                 setattr(part, flag, getattr(self, flag, None))

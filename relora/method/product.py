@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from relora.method.combined_optimizer import evaluated
 from relora.method.delta import full_precision
 from relora.method.matrix_functions import inverse_root, matrix_sign, norm_bound
 from relora.method.optimizer_state import OptimizerKind
@@ -62,10 +63,7 @@ class Product(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of all pairs that have gradients; none at all if `found_inf` is set."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             for pairs in _batches(group["params"]):
                 with full_precision(pairs[0][0].device.type):

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 
 from relora.checkpoint.format import BEAT_S, TEMPORARY_PREFIX
 from relora.checkpoint.run_folder import RunFolder
+from relora.engines.flight_record import write_flight_record
 from relora.engines.heartbeat import NOTHING_MOVED
 from relora.errors import EXIT_FAILED
-from relora.flight_record import write_flight_record
 from relora.train.signals import StopRequest
 
 LOOK_S = 1.0

@@ -1,5 +1,6 @@
 """Whole runs on the device: those of the host, resumed to the bit, under every engine, with each option for GPUs."""
 
+import copy
 import importlib.util
 import os
 from collections.abc import Callable
@@ -71,11 +72,7 @@ Lines = list[dict[str, Any]]
 
 
 def tree_of(corpus: Path, folder: Path, overrides: dict[str, Any]) -> dict[str, Any]:
-    tree = settings(corpus, folder, **{name: dict(v) if isinstance(v, dict) else v for name, v in RUN.items()})
-    for key, value in overrides.items():
-        section, _, name = key.partition("__")
-        tree[section][name] = value
-    return tree
+    return settings(corpus, folder, **copy.deepcopy(RUN), **overrides)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from relora.flight_record import write_flight_record
+from relora.engines.flight_record import write_flight_record
 
 
 def collective() -> None:
