@@ -226,6 +226,18 @@ def synchronized_at_the_end(config: Config) -> str | None:
     return None
 
 
+def matrices_for_muon(config: Config) -> str | None:
+    """Muon must have something to train: without a warm start every hidden matrix may be wrapped, and so frozen."""
+    lora, training = config.lora, config.training
+    all_wrapped = lora.target_modules == "all-linear" and lora.modules_to_save in ("auto", None)
+    if config.optim.name != "muon" or training.method == "full" or config.relora.warm_start_steps or not all_wrapped:
+        return None
+    return (
+        f"optim.name = muon: with training.method = {training.method} and no warm start no hidden matrix trains in "
+        "full; set relora.warm_start_steps, narrow lora.target_modules, or choose another optimizer"
+    )
+
+
 def outer_optimizer(config: Config) -> str | None:
     """The outer optimizer applies the mean update of processes that synchronize at restarts."""
     defaults = type(config.relora)()
@@ -271,6 +283,10 @@ RULES = (
     Rule(
         ("relora.reinit", "relora.sync", "optim.learning_rate", "optim.factors_learning_rate"),
         offset_of_factors,
+    ),
+    Rule(
+        ("optim.name", "training.method", "relora.warm_start_steps", "lora.target_modules", "lora.modules_to_save"),
+        matrices_for_muon,
     ),
     Rule(("lora.forward", "lora.lora_dropout", "lora.base_dtype", "training.method"), merged_forward),
     Rule(("lora.kernels", "lora.lora_dropout", "training.method"), fused_kernels),

@@ -130,6 +130,21 @@ JOINED: list[tuple[tuple[str, ...], dict[str, Any], str, dict[str, Any]]] = [
         "relora.reinit = offset: the learning rate of the factors, by which relora.offset_norm counts, is 0",
         {"relora": {"reinit": "offset"}, "optim": {"learning_rate": 0.0, "factors_learning_rate": 1e-9}},
     ),
+    *(
+        (
+            ("optim.name", "training.method", "relora.warm_start_steps", "lora.target_modules", "lora.modules_to_save"),
+            {"optim": {"name": "muon"}, "relora": {"warm_start_steps": 0}},
+            "optim.name = muon: with training.method = relora and no warm start no hidden matrix trains in full; set "
+            "relora.warm_start_steps, narrow lora.target_modules, or choose another optimizer",
+            {"optim": {"name": "muon"}} | allowed,
+        )
+        for allowed in (
+            {"relora": {"warm_start_steps": 10}},
+            {"relora": {"warm_start_steps": 0}, "lora": {"target_modules": ["q_proj"]}},
+            {"relora": {"warm_start_steps": 0}, "lora": {"modules_to_save": ["up_proj"]}},
+            {"relora": {"warm_start_steps": 0}, "training": {"method": "full"}},
+        )
+    ),
     (
         ("lora.forward", "lora.lora_dropout", "lora.base_dtype", "training.method"),
         {"lora": {"forward": "merged", "lora_dropout": 0.1}},

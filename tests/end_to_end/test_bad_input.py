@@ -335,7 +335,7 @@ SURROUNDINGS = {
         {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
     ),
     "Muon of sharded parameters": Case(
-        ["optim.name=muon"],
+        ["optim.name=muon", "relora.warm_start_steps=1"],
         ["optim.name = muon: needs one process or DDP, in which every matrix is whole"],
         {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
     ),
